@@ -1,0 +1,35 @@
+# Each target makes its own virtual environment; nothing has to be installed but Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test test-quick test-slow lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python demo/run.py --output_dir demo/output
+
+test: test-quick test-slow
+
+test-quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf demo/data demo/output .pytest_cache .ruff_cache
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@

@@ -1,0 +1,2203 @@
+#!/usr/bin/env python
+"""Train LoRA adapters for Stable Diffusion XL on captioned images: WebDataset shards or an image folder.
+
+One GPU or a laptop:
+    python train_sdxl_lora.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+        --train_shards data/train --species_csv manifests/train_species.csv --output_dir runs/pokefa \\
+        --mixed_precision bf16 --train_batch_size 4 --rank 32 --max_train_steps 10000
+
+N GPUs, the same flags:
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 train_sdxl_lora.py ...
+
+After an interruption, the same command again with --resume_from_checkpoint latest: the resumed run is the interrupted run.
+
+The rooms of this file, in the order data flows; each calls only what stands above it:
+     1 Arguments          2 Models and LoRA    3 Data           4 Conditioning    5 Loss
+     6 Optimizer          7 Checkpoints        8 Validation     9 Train loop     10 Main
+To read it: this page, `--help`, main(), train(), diffusion_loss(); then the room you came for.
+Lines that begin with "# Seam:" mark the places meant to be edited, each with its contract.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import configargparse
+import datasets
+import diffusers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_process
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import compute_snr
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from webdataset.shardlists import expand_urls
+
+logger = logging.getLogger("train_sdxl_lora")
+
+UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is taken when classes are balanced
+SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
+MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused from their header: PIL's own limit against bombs
+INDEX_VERSION = 1  # part of the index cache's key: raise it when a column changes
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+
+
+class InputError(ValueError):
+    """Bad input found after the flags were read; the message names the flag or the file and what to do."""
+
+
+# ------------------------------------------------------------------------------
+# 1 Arguments
+# ------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds "(default: …)" where there is a default worth telling."""
+
+    def _get_help_string(self, action):
+        text = action.help.replace(" (default: %(default)s)", "")
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+            return text
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{text} (default: {shown})"
+
+
+switch = {
+    "action": argparse.BooleanOptionalAction,
+    "default": False,
+}  # --flag and --no-flag, so that a file's true can be undone
+
+
+# fmt: off
+def add_model_arguments(parser):
+    group = parser.add_argument_group("Models and LoRA")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID",
+        help="SDXL snapshot: a folder or a hub id")
+    add("--pretrained_vae_model_name_or_path", metavar="PATH|ID", help="another VAE, say one fixed for fp16")
+    add("--revision", metavar="REV", help="hub revision of the snapshot")
+    add("--variant", metavar="NAME", help="weight file variant of the snapshot, say fp16")
+    add("--stage", choices=["base", "refiner"], default="base", help="which UNet is trained")
+    add("--refiner_unet", metavar="PATH|ID", help="refiner UNet: its folder, a snapshot with unet/, or a hub id")
+    add("--text_encoder_2_lora", metavar="FILE",
+        help="refiner: base-stage LoRA whose text_encoder_2 part is merged first")
+    add("--rank", type=int, default=4, metavar="R", help="LoRA rank on the UNet")
+    add("--lora_alpha", type=float, metavar="A", help="LoRA scale is alpha / rank; alpha is the rank by default")
+    add("--lora_dropout", type=float, default=0.0, metavar="P", help="dropout on the input of every adapter")
+    add("--lora_target_modules", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME",
+        help="UNet layers that get an adapter")
+    add("--use_dora", **switch, help="weight-decomposed LoRA (arXiv:2402.09353)")
+    add("--use_rslora", **switch, help="scale alpha / sqrt(rank) (arXiv:2312.03732)")
+    add("--train_text_encoder", **switch, help="adapters on both text encoders too")
+    add("--text_encoder_rank", type=int, metavar="R", help="LoRA rank on the encoders; --rank by default")
+    add("--text_encoder_alpha", type=float, metavar="A", help="LoRA alpha on the encoders; their rank by default")
+    add("--vae_precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="SDXL's own VAE overflows in fp16")
+    add("--base_precision", choices=["auto", "nf4", "int8"], default="auto",
+        help="of the frozen UNet; auto is --mixed_precision")
+    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, a third more time")
+    add("--attention_backend", default="sdpa", metavar="NAME", help="attention kernel")
+    add("--compile", **switch, help="compile the UNet's repeated blocks")
+
+
+def add_data_arguments(parser):
+    group = parser.add_argument_group("Data", "one of --train_shards, --train_data_dir, --dataset_name")
+    add = group.add_argument
+    add("--train_shards", nargs="+", metavar="TAR",
+        help="WebDataset shards: .tar files, a folder of them, or a brace pattern")
+    add("--val_shards", nargs="+", metavar="TAR", help="shards for the validation loss")
+    add("--train_data_dir", metavar="DIR", help="image folder with metadata.jsonl (datasets' imagefolder layout)")
+    add("--dataset_name", metavar="PATH|ID", help="dataset of the hub or a local one")
+    add("--dataset_config_name", metavar="NAME", help="configuration of --dataset_name")
+    add("--image_column", default="image", metavar="NAME",
+        help="column of --train_data_dir or --dataset_name with the image")
+    add("--caption_column", default="text", metavar="NAME",
+        help="column with the caption; of a list the first is taken")
+    add("--max_train_samples", type=int, metavar="N", help="train on N samples only, chosen by --seed")
+    add("--max_bad_fraction", type=float, default=0.05, metavar="P",
+        help="end the run when more of the samples are damaged")
+    add("--cache_dir", metavar="DIR", help="for downloads and the data index; the index is in --output_dir by default")
+    add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
+    add("--crop", choices=["random_ar", "center", "bucket"],
+        help="random_ar by default (refiner: center): near the middle of the long side")
+    add("--center_crop", **switch, help="same as --crop center")
+    add("--random_flip", **switch, help="mirror half of the images")
+    modes = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+    add("--image_interpolation_mode", choices=modes, default="lanczos", help="how images are resized")
+    add("--species_csv", metavar="FILE",
+        help="class counts: columns pokemon (or species) and count; counted from the data by default")
+    add("--species_key", default="species_list", metavar="NAME",
+        help="field of the samples' JSON with their class labels")
+    add("--species_choice", choices=["first", "random"], default="random",
+        help="which label counts when a sample has several")
+    add("--species_mix", nargs=3, type=float, default=[0.2, 0.95, 6000], metavar=("START", "END", "STEPS"),
+        help="classes are drawn from (1 - m) uniform + m data distribution, with m going from START to END in STEPS")
+    add("--species_mix_schedule", choices=["linear", "cosine"], default="linear", help="how m goes from START to END")
+    add("--train_batch_size", type=int, default=16, metavar="N", help="images per device and micro-step")
+    add("--dataloader_num_workers", type=int, metavar="N",
+        help="image-decoding processes per device; by the machine's cores by default")
+    add("--cache_latents", **switch, help="encode every image once")
+
+
+def add_conditioning_arguments(parser):
+    group = parser.add_argument_group("Conditioning")
+    add = group.add_argument
+    add("--caption_dropout_rate", type=float, default=0.1, metavar="P",
+        help="share of captions dropped, for classifier-free guidance")
+    add("--dropped_caption", choices=["zeros", "empty"],
+        help="what stands for a dropped caption; zeros by default (refiner: empty)")
+    add("--cache_text_embeddings", **switch, help="encode every caption once")
+
+
+def add_loss_arguments(parser):
+    group = parser.add_argument_group("Loss")
+    add = group.add_argument
+    add("--snr_gamma", type=float, metavar="G",
+        help="min-SNR weighting (arXiv:2303.09556), 0 = off; 5 by default (refiner: 0)")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="the snapshot's own by default")
+    add("--noise_offset", type=float, default=0.0, metavar="X",
+        help="strength of noise that is constant over a channel")
+    add("--refiner_timestep_band", nargs=2, type=int, default=[0, 200], metavar=("LOW", "HIGH"),
+        help="timesteps of the refiner, both included")
+
+
+def add_optimizer_arguments(parser):
+    group = parser.add_argument_group("Optimizer")
+    add = group.add_argument
+    add("--optimizer", choices=["adamw", "adamw8bit", "prodigy"], default="adamw",
+        help="prodigy wants --learning_rate 1")
+    add("--use_8bit_adam", **switch, help="same as --optimizer adamw8bit")
+    add("--learning_rate", type=float, default=1e-4, metavar="LR", help="peak learning rate")
+    add("--text_encoder_lr_scale", type=float, default=0.3, metavar="X",
+        help="the encoders' learning rate is LR times X")
+    add("--scale_lr", **switch, help="multiply LR by devices x accumulation x batch size")
+    add("--lr_scheduler", choices=[s.value for s in SchedulerType if "piecewise" not in s.value], default="cosine",
+        help="learning-rate schedule")
+    add("--lr_warmup_steps", type=int, metavar="STEPS", help="3%% of the run by default")
+    add("--adam_beta1", type=float, default=0.9, metavar="B", help="Adam's first decay")
+    add("--adam_beta2", type=float, default=0.999, metavar="B", help="Adam's second decay")
+    add("--adam_weight_decay", type=float, default=1e-2, metavar="W", help="decoupled weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, metavar="E", help="Adam's epsilon")
+    add("--max_grad_norm", type=float, default=1.0, metavar="G", help="gradients are clipped to this norm")
+    add("--max_train_steps", type=int, metavar="STEPS", help="optimizer steps; wins over --num_train_epochs")
+    add("--num_train_epochs", type=int, default=100, metavar="N",
+        help="passes over the data, ceil(images / global batch) steps each")
+    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-steps per optimizer step")
+
+
+def add_checkpoint_arguments(parser):
+    group = parser.add_argument_group("Checkpoints")
+    add = group.add_argument
+    add("--output_dir", default="sd-model-finetuned-lora", metavar="DIR", help="everything the run writes")
+    add("--overwrite_output_dir", **switch, help="start anew where checkpoints are, deleting them")
+    add("--checkpointing_steps", type=int, default=500, metavar="STEPS",
+        help="save all that a resume needs, every so often")
+    add("--checkpointing_after_steps", type=int, default=0, metavar="STEPS", help="no checkpoint before this step")
+    add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N")
+    add("--resume_from_checkpoint", metavar="latest|DIR", help="continue; `latest` starts fresh where there is none")
+    add("--push_to_hub", **switch, help="upload the LoRA and its card")
+    add("--hub_token", metavar="TOKEN", help="hub token; never written anywhere")
+    add("--hub_model_id", metavar="ID", help="repository on the hub; the name of --output_dir by default")
+
+
+def add_validation_arguments(parser):
+    group = parser.add_argument_group("Validation")
+    add = group.add_argument
+    add("--validation_prompt", metavar="TEXT", help="prompt of the sample pictures")
+    add("--validation_prompts", metavar="FILE", help="several: one per line, or JSONL with a `prompt` field")
+    add("--num_validation_images", type=int, default=4, metavar="N",
+        help="pictures per prompt, seeds 0 to N-1 from --seed")
+    add("--validation_steps", type=int, metavar="STEPS", help="validate every so often, and at the end")
+    add("--validation_epochs", type=int, default=1, metavar="N",
+        help="the same in passes over the data, without --validation_steps")
+    add("--val_max_batches", type=int, metavar="N", help="stop the validation loss after N batches")
+
+
+def add_run_arguments(parser):
+    group = parser.add_argument_group("Run")
+    add = group.add_argument
+    add("--config", is_config_file=True, metavar="FILE", help="YAML file of any of these flags; the command line wins")
+    add("--seed", type=int, metavar="N", help="every random draw is a function of it; chosen and noted when not given")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="of the frozen models and the arithmetic; adapters are fp32 always")
+    add("--allow_tf32", **switch, help="TF32 matrix products on NVIDIA GPUs")
+    add("--report_to", default="tensorboard", metavar="NAME",
+        help="tensorboard, wandb, comet_ml, all or none; metrics.jsonl is always written")
+    add("--logging_dir", default="logs", metavar="DIR",
+        help="for TensorBoard and the ranks' logs, inside --output_dir")
+    add("--logging_steps", type=int, default=10, metavar="STEPS", help="a row of metrics every so often")
+    add("--dry_run", **switch, help="check everything, preview the data, exit")
+# fmt: on
+
+
+def make_parser():
+    parser = configargparse.ArgParser(
+        description="Train LoRA adapters for Stable Diffusion XL. The groups below are the rooms of the script.",
+        config_file_parser_class=configargparse.YAMLConfigFileParser,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=118),
+        allow_abbrev=False,
+        add_config_file_help=False,
+        add_env_var_help=False,
+    )
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_conditioning_arguments(parser)
+    add_loss_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_checkpoint_arguments(parser)
+    add_validation_arguments(parser)
+    add_run_arguments(parser)
+    return parser
+
+
+def expand_shards(patterns):
+    """Paths of the local shards meant by `patterns`: files, folders of .tar, brace patterns.
+
+    Errors: ValueError when one matches nothing or names a file that is not there.
+    """
+    shards = []
+    for pattern in patterns:
+        found = (
+            sorted(Path(pattern).glob("*.tar")) if Path(pattern).is_dir() else [Path(p) for p in expand_urls(pattern)]
+        )
+        if not found:
+            raise ValueError(f"no .tar file in {pattern}")
+        missing = [str(p) for p in found if not p.is_file()]
+        if missing:
+            raise ValueError(
+                f"{pattern}: no file {missing[0]}" + (f" ({len(missing)} missing)" if len(missing) > 1 else "")
+            )
+        shards += [str(p) for p in found]
+    return shards
+
+
+def read_species_csv(path):
+    """{label: count}, labels casefolded. Errors: ValueError without the columns or with a bad count."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        name = next((c for c in ("pokemon", "species") if c in columns), None)
+        if name is None or "count" not in columns:
+            raise ValueError(
+                f"{path} has columns {', '.join(columns) or '(none)'}; expected pokemon (or species) and count"
+            )
+        counts = Counter()
+        for row in reader:
+            try:
+                counts[row[name].strip().casefold()] += float(row["count"])
+            except (TypeError, ValueError):
+                raise ValueError(f"{path} line {reader.line_num}: count {row['count']!r} is not a number") from None
+    if not counts:
+        raise ValueError(f"{path} has no rows")
+    return counts
+
+
+def read_prompts(args):
+    """Prompts of the sample pictures, from --validation_prompt and --validation_prompts."""
+    prompts = [args.validation_prompt] if args.validation_prompt else []
+    if args.validation_prompts:
+        lines = [line.strip() for line in Path(args.validation_prompts).read_text(encoding="utf-8").splitlines()]
+        is_jsonl = args.validation_prompts.endswith(".jsonl")
+        try:
+            prompts += [json.loads(line)["prompt"] if is_jsonl else line for line in lines if line]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{args.validation_prompts}: expected JSON objects with a `prompt`, one a line ({error!r})"
+            ) from None
+        if not any(lines):
+            raise ValueError(f"{args.validation_prompts} is empty; write one prompt per line")
+    return prompts
+
+
+def list_checkpoints(output_dir):
+    """[(step, folder)] of the checkpoints in `output_dir`, oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(output_dir).glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def default_workers(local_world):
+    """Decoding processes per device: the machine's cores shared out, one left for the trainer, at most 8."""
+    return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
+
+
+def check_not_yet(parser, args):
+    """Ends with one line for flags whose work is planned but not done."""
+    remote = [s for s in (args.train_shards or []) + (args.val_shards or []) if re.match(r"[a-z0-9]+:", s)]
+    planned = {
+        "--stage refiner": args.stage == "refiner",
+        "--refiner_unet": args.refiner_unet,
+        "--text_encoder_2_lora": args.text_encoder_2_lora,
+        "--dataset_name": args.dataset_name,
+        f"shards from {' '.join(remote)}": remote,
+        "--crop bucket": args.crop == "bucket",
+        "--cache_latents": args.cache_latents,
+        "--cache_text_embeddings": args.cache_text_embeddings,
+        "--compile": args.compile,
+        f"--attention_backend {args.attention_backend}": args.attention_backend != "sdpa",
+        f"--base_precision {args.base_precision}": args.base_precision != "auto",
+        "--dry_run": args.dry_run,
+    }
+    for flag, asked in planned.items():
+        if asked:
+            parser.error(f"{flag}: not yet in this version; leave it out")
+
+
+def check_values(parser, args):
+    """Ends with one line for values out of range and flags that contradict each other."""
+    positive = "rank train_batch_size gradient_accumulation_steps num_train_epochs checkpointing_steps logging_steps resolution"
+    optional = (
+        "lora_alpha text_encoder_rank text_encoder_alpha max_train_steps max_train_samples validation_steps "
+        "checkpoints_total_limit validation_epochs num_validation_images val_max_batches"
+    )
+    for name in positive.split() + [n for n in optional.split() if getattr(args, n) is not None]:
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
+    for name in ("lora_dropout", "caption_dropout_rate", "max_bad_fraction"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name}: found {getattr(args, name)}; expected a share between 0 and 1")
+    start, end, steps = args.species_mix
+    if not (0 <= start <= 1 and 0 <= end <= 1 and steps >= 0):
+        parser.error(
+            f"--species_mix: found {start} {end} {steps}; expected START and END between 0 and 1 and STEPS of 0 or more"
+        )
+    if args.resolution % 8:
+        parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
+    if args.center_crop and args.crop not in (None, "center"):
+        parser.error(f"--center_crop: contradicts --crop {args.crop}; give one of them")
+    if args.use_8bit_adam and args.optimizer == "prodigy":
+        parser.error("--use_8bit_adam: contradicts --optimizer prodigy; give one of them")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision: fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
+    sources = [name for name in ("train_shards", "train_data_dir") if getattr(args, name)]
+    if len(sources) != 1:
+        parser.error(
+            f"--train_shards or --train_data_dir: found {' and '.join(sources) or 'neither'}; give exactly one"
+        )
+
+
+def looks_like_path(name):
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_paths(parser, args):
+    """Ends with one line for files and folders that are not there or not what they should be."""
+    snapshot = Path(args.pretrained_model_name_or_path).expanduser()
+    if looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir():
+        parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
+    parts = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
+    missing = [part for part in parts if snapshot.is_dir() and not (snapshot / part).is_dir()]
+    if missing:
+        parser.error(
+            f"--pretrained_model_name_or_path: {snapshot} has no {', '.join(missing)}; give a whole SDXL snapshot"
+        )
+    for name in ("train_shards", "val_shards"):
+        try:
+            expand_shards(getattr(args, name) or [])
+        except ValueError as error:
+            parser.error(f"--{name}: {error}")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
+    if args.species_csv:
+        try:
+            read_species_csv(args.species_csv)
+        except (OSError, ValueError) as error:
+            parser.error(f"--species_csv: {error}")
+    if args.validation_prompts:
+        try:
+            read_prompts(args)
+        except (OSError, ValueError) as error:
+            parser.error(f"--validation_prompts: {error}")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        parser.error(f"--output_dir: {args.output_dir} is a file; give a folder")
+    resume = args.resume_from_checkpoint
+    if resume and resume != "latest" and not (Path(resume) / "progress.json").is_file():
+        parser.error(f"--resume_from_checkpoint: {resume} is no checkpoint folder; give one, or `latest`")
+    if not resume and not args.overwrite_output_dir and list_checkpoints(args.output_dir):
+        parser.error(
+            f"--output_dir: {args.output_dir} holds checkpoints; continue with --resume_from_checkpoint latest, "
+            "or start anew with --overwrite_output_dir"
+        )
+
+
+def parse_args(argv=None):
+    """The checked flags, read-only from here on; defaults that depend on other flags are filled in."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check_not_yet(parser, args)
+    check_values(parser, args)
+    check_paths(parser, args)
+    args.crop = args.crop or ("center" if args.center_crop else "random_ar")
+    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    args.dropped_caption = args.dropped_caption or "zeros"
+    args.snr_gamma = 5.0 if args.snr_gamma is None else args.snr_gamma
+    if args.dataloader_num_workers is None:
+        args.dataloader_num_workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.lora_alpha = args.lora_alpha or args.rank
+    args.text_encoder_rank = args.text_encoder_rank or args.rank
+    args.text_encoder_alpha = args.text_encoder_alpha or args.text_encoder_rank
+    return args
+
+
+# ------------------------------------------------------------------------------
+# 2 Models and LoRA
+# ------------------------------------------------------------------------------
+
+
+@dataclass
+class Models:
+    """The snapshot's parts; lists run over (text_encoder, text_encoder_2). Only adapters ever train."""
+
+    tokenizers: list
+    text_encoders: list
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    sampling_scheduler: diffusers.SchedulerMixin
+
+
+def weight_dtype_of(precision):
+    """torch dtype of "no", "fp32", "bf16" or "fp16"."""
+    return {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def load_models(args, weight_dtype, device):
+    """Models of the base stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
+
+    Errors: InputError naming --pretrained_model_name_or_path when a part does not load.
+    """
+    source = {"revision": args.revision, "cache_dir": args.cache_dir}
+
+    def load(model_class, subfolder, path=args.pretrained_model_name_or_path, dtype=weight_dtype):
+        try:
+            model = model_class.from_pretrained(path, subfolder=subfolder, dtype=dtype, variant=args.variant, **source)
+        except (OSError, ValueError) as error:
+            where = f"{path}/{subfolder}" if subfolder else path
+            raise InputError(f"--pretrained_model_name_or_path: cannot load {where}: {error}") from error
+        return model.requires_grad_(False).eval().to(device)
+
+    snapshot = args.pretrained_model_name_or_path
+    vae_source = {"subfolder": "vae"}
+    if args.pretrained_vae_model_name_or_path:
+        vae_source = {"subfolder": None, "path": args.pretrained_vae_model_name_or_path}
+    sampling_scheduler = load_sampling_scheduler(snapshot, args.prediction_type, source)
+    return Models(
+        tokenizers=[
+            CLIPTokenizer.from_pretrained(snapshot, subfolder=s, **source) for s in ("tokenizer", "tokenizer_2")
+        ],
+        text_encoders=[load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")],
+        vae=load(AutoencoderKL, dtype=weight_dtype_of(args.vae_precision), **vae_source),
+        unet=load(UNet2DConditionModel, "unet"),
+        # whatever the snapshot samples with, training wants DDPM on the same betas
+        noise_scheduler=DDPMScheduler.from_config(sampling_scheduler.config),
+        sampling_scheduler=sampling_scheduler,
+    )
+
+
+def load_sampling_scheduler(snapshot, prediction_type, source):
+    """The snapshot's own scheduler, with `prediction_type` when it is not None."""
+    config = DDPMScheduler.load_config(snapshot, subfolder="scheduler", **source)
+    scheduler_class = getattr(diffusers, config["_class_name"])
+    overrides = {"prediction_type": prediction_type} if prediction_type else {}
+    return scheduler_class.from_config(config, **overrides)
+
+
+class CastLinear(torch.nn.Linear):
+    """A Linear with fp32 master weights that computes in its input's dtype; state-dict keys and gradients stay."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+# Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
+def add_adapter(model, targets, flag, **lora):
+    """Puts fp32 LoRA masters on the layers of `model` named by `targets`.
+
+    Without autocast the frozen layers compute in their own dtype and the adapters' weights are cast to it: the
+    activations are never upcast. Errors: InputError naming `flag` when a target matches no layer.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            raise InputError(f"{flag}: no layer of {type(model).__name__} is called {target}")
+    model.add_adapter(LoraConfig(target_modules=list(targets), init_lora_weights="gaussian", **lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+        if all(type(linear) is torch.nn.Linear for linear in adapters):
+            layer.cast_input_dtype_enabled = False
+            for linear in adapters:
+                linear.__class__ = CastLinear
+    return model.train()  # LoRA dropout and gradient checkpointing look at this
+
+
+def add_adapters(args, models, seed):
+    """Adapters on the UNet and, with --train_text_encoder, on both encoders; returns the trained models by name."""
+    torch.manual_seed(seed)
+    kind = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "use_rslora": args.use_rslora}
+    add_adapter(
+        models.unet, args.lora_target_modules, "--lora_target_modules", r=args.rank, lora_alpha=args.lora_alpha, **kind
+    )
+    trained = {"unet": models.unet}
+    if args.train_text_encoder:
+        kind |= {"r": args.text_encoder_rank, "lora_alpha": args.text_encoder_alpha}
+        targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+        for name, encoder in zip(("text_encoder", "text_encoder_2"), models.text_encoders):
+            layers = encoder.config.num_hidden_layers
+            if name == "text_encoder":  # SDXL reads its penultimate states: the last layer would get no gradient
+                layers -= 1
+            add_adapter(encoder, targets, "--train_text_encoder", layers_to_transform=list(range(layers)), **kind)
+            trained[name] = encoder
+    if args.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        for encoder in models.text_encoders if args.train_text_encoder else ():
+            encoder.gradient_checkpointing_enable()
+    return trained
+
+
+def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
+    """One optimizer group per trained model; together they hold every trainable parameter once."""
+    groups = []
+    for name, model in trained.items():
+        scale = 1.0 if name == "unet" else text_encoder_lr_scale
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups.append({"params": parameters, "lr": learning_rate * scale, "name": name})
+    return groups
+
+
+# ------------------------------------------------------------------------------
+# 3 Data: shard → index → plan (accepted rows) → decoded → cropped → batched
+# ------------------------------------------------------------------------------
+
+# Purposes of the random numbers: each draw is a hash of (purpose, seed, what it is drawn for), so none depends on
+# process count, worker count, prefetching or the clock.
+ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK = range(9)
+
+
+def hash64(*parts):
+    """uint64 hash of integers (arrays broadcast), by chained splitmix64 (Steele et al., OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(0x9E3779B97F4A7C15)
+        for part in parts:
+            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def uniform(*parts):
+    """float64 in [0, 1): the top 53 bits of hash64."""
+    return (hash64(*parts) >> np.uint64(11)) * 2.0**-53
+
+
+def torch_seed(*parts):
+    """hash64 as a seed that torch.Generator takes."""
+    return int(hash64(*parts) >> np.uint64(1))
+
+
+def hash_text(text):
+    """uint64 hash of a string, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+# ---- index: one pass over the shards' headers
+
+
+INDEX_SCHEMA = pa.schema(
+    [("key", pa.string()), ("image_id", pa.string()), ("caption", pa.string()), ("labels", pa.list_(pa.string()))]
+    + [("width", pa.int32()), ("height", pa.int32()), ("score", pa.float32())]
+    + [("path", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
+)
+
+
+def iter_tar_members(file, report):
+    """(name, offset, size) of the regular files in an open tar; reads headers only and verifies their checksums.
+
+    Damage is told to report(reason); after a bad header the scan goes on at the next block that is a good one.
+    """
+    end = file.seek(0, io.SEEK_END)
+    position, long_name, lost, zero_blocks = 0, None, False, 0
+    while position + 512 <= end and zero_blocks < 2:
+        file.seek(position)
+        block = file.read(512)
+        position += 512
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:
+            zero_blocks += 1
+            continue
+        except tarfile.HeaderError:
+            if not lost:
+                report(f"bad tar header at byte {position - 512}")
+            lost = True
+            continue
+        lost, zero_blocks = False, 0
+        if position + member.size > end:
+            return report(f"cut inside {member.name}")
+        if member.type == tarfile.GNUTYPE_LONGNAME:
+            long_name = file.read(member.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif member.isreg():
+            yield long_name or member.name, position, member.size
+            long_name = None
+        position += -(-member.size // 512) * 512
+    if zero_blocks < 2:
+        report("no end-of-archive mark")
+
+
+def group_members(members):
+    """{sample key: {extension: (offset, size)}}; the key is the path up to the first dot of the file name."""
+    samples = {}
+    for name, offset, size in members:
+        folder, _, filename = name.rpartition("/")
+        stem, _, extension = filename.partition(".")
+        samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = (offset, size)
+    return samples
+
+
+def read_labels(metadata, species_key):
+    """Casefolded labels of one sample: a list, or a string "a, b"."""
+    labels = metadata.get(species_key)
+    labels = labels.split(",") if isinstance(labels, str) else labels or []
+    return list(dict.fromkeys(str(label).strip().casefold() for label in labels if str(label).strip()))
+
+
+def number_or_none(value):
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def index_sample(file, path, key, members, species_key):
+    """The index row of one sample. Errors: ValueError with what is damaged."""
+
+    def read(extension):
+        file.seek(members[extension][0])
+        return file.read(members[extension][1])
+
+    image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+    if image is None:
+        raise ValueError("no image")
+    if members[image][1] == 0:
+        raise ValueError("image of zero bytes")
+    if "txt" not in members:
+        raise ValueError("no caption")
+    try:
+        caption = read("txt").decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None
+    if not caption:
+        raise ValueError("empty caption")
+    try:
+        metadata = json.loads(read("json")) if "json" in members else {}
+    except ValueError:
+        raise ValueError("bad JSON") from None
+    if not isinstance(metadata, dict):
+        raise ValueError("JSON is not an object")
+    return {
+        "key": key,
+        "image_id": str(metadata.get("image_id") or key),
+        "caption": caption,
+        "labels": read_labels(metadata, species_key),
+        "width": number_or_none(metadata.get("width")),
+        "height": number_or_none(metadata.get("height")),
+        "score": number_or_none(metadata.get("ae_aesthetic")),
+        "path": path,
+        "offset": members[image][0],
+        "size": members[image][1],
+    }
+
+
+def index_shard(path, species_key):
+    """(rows, damage) of one shard: index rows, and [{"shard", "key", "reason"}] of what cannot be used."""
+    rows, damage = [], []
+
+    def report(reason, key=None):
+        damage.append({"shard": path, "key": key, "reason": reason})
+
+    with open(path, "rb") as file:
+        samples = group_members(list(iter_tar_members(file, report)))
+        for key, members in samples.items():
+            try:
+                rows.append(index_sample(file, path, key, members, species_key))
+            except ValueError as error:
+                report(str(error), key)
+    return rows, damage
+
+
+def index_image_folder(folder, caption_column, image_column, species_key):
+    """(rows, damage) of an image folder in the layout of datasets' imagefolder (metadata.jsonl or .csv).
+
+    Errors: InputError naming the flag when a column is missing.
+    """
+    table = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
+    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column not in table.column_names:
+            raise InputError(f"{flag}: {folder} has columns {', '.join(table.column_names)}; found no {column}")
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    rows = []
+    for row in table:
+        caption = row[caption_column]
+        path = row[image_column]["path"]
+        name = os.path.relpath(path, folder)
+        rows.append(
+            {
+                "key": name,
+                "image_id": name,
+                "caption": str(caption[0] if isinstance(caption, list) else caption),
+                "labels": read_labels(row, species_key),
+                "width": None,
+                "height": None,
+                "score": number_or_none(row.get("ae_aesthetic")),
+                "path": path,
+                "offset": 0,
+                "size": os.path.getsize(path),
+            }
+        )
+    return rows, []
+
+
+def cached_index_shard(path, species_key, cache_dir):
+    """Index table of one shard, from the cache when its size and time are those of the file."""
+    stat = os.stat(path)
+    fingerprint = f"{INDEX_VERSION} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {species_key}"
+    cached = cache_dir / f"{hash_text(fingerprint):016x}.parquet"
+    if not cached.exists():
+        rows, damage = index_shard(path, species_key)
+        table = pa.Table.from_pylist(rows, INDEX_SCHEMA).replace_schema_metadata({"damage": json.dumps(damage)})
+        partial = cached.with_suffix(f".{os.getpid()}.tmp")
+        pa.parquet.write_table(table, partial)
+        os.replace(partial, cached)  # appears whole or not at all; another process may have made the same file
+    return pa.parquet.read_table(cached)
+
+
+@dataclass
+class Index:
+    """Every usable sample, one row each. `label_codes[label_starts[i]:label_starts[i + 1]]` are row i's labels."""
+
+    table: pa.Table
+    damage: list
+    id_hashes: np.ndarray  # (N,) uint64
+    label_names: list
+    label_codes: np.ndarray  # (M,) int32, into label_names
+    label_starts: np.ndarray  # (N + 1,) int64
+
+    def __len__(self):
+        return len(self.id_hashes)
+
+    def row(self, i):
+        return {name: self.table.column(name)[int(i)].as_py() for name in self.table.column_names}
+
+    def fingerprint(self):
+        """Hex digest of what training sees: ids, captions and labels, whatever the shards' paths and order."""
+        rows = zip(*(self.table.column(name).to_pylist() for name in ("image_id", "caption", "labels")))
+        digest = np.bitwise_xor.reduce([np.uint64(hash_text(repr(row))) for row in rows])
+        return f"{len(self)}-{int(digest):016x}"
+
+
+def make_index(table, damage):
+    """Index of a table with INDEX_SCHEMA's columns."""
+    labels = table.column("labels").combine_chunks()
+    counts = np.array([len(row) for row in labels.to_pylist()], dtype=np.int64)
+    flat = labels.flatten().to_pylist()
+    names = sorted(set(flat))
+    code_of = {name: code for code, name in enumerate(names)}
+    return Index(
+        table=table,
+        damage=damage,
+        id_hashes=np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64),
+        label_names=names,
+        label_codes=np.array([code_of[name] for name in flat], dtype=np.int32),
+        label_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+
+
+def load_index(accelerator, args, flag, seed):
+    """Index of --train_shards, --val_shards or --train_data_dir, each rank indexing its share of the shards.
+
+    Errors: InputError naming the flag when nothing is usable or more than --max_bad_fraction is damaged.
+    """
+    cache_dir = Path(args.cache_dir or args.output_dir) / "index"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if flag == "--train_data_dir":
+        with accelerator.main_process_first():
+            rows, damage = index_image_folder(
+                args.train_data_dir, args.caption_column, args.image_column, args.species_key
+            )
+        table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
+    else:
+        shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
+        for shard in shards[accelerator.process_index :: accelerator.num_processes]:
+            cached_index_shard(shard, args.species_key, cache_dir)
+        accelerator.wait_for_everyone()
+        tables = [cached_index_shard(shard, args.species_key, cache_dir) for shard in shards]
+        damage = [d for t in tables for d in json.loads(t.schema.metadata[b"damage"])]
+        table = pa.concat_tables([t.replace_schema_metadata() for t in tables])
+    if len(table) == 0:
+        raise InputError(
+            f"{flag}: no usable sample; expected image, .txt caption and .json (first damage: {damage[:1]})"
+        )
+    check_bad_fraction(flag, len(damage), len(table) + len(damage), args.max_bad_fraction)
+    index = make_index(table, damage)
+    if flag != "--val_shards" and args.max_train_samples:
+        chosen = np.argsort(hash64(SUBSET, seed, index.id_hashes), kind="stable")[: args.max_train_samples]
+        index = make_index(table.take(np.sort(chosen)), damage)
+    return index
+
+
+def check_bad_fraction(flag, bad, total, limit):
+    if bad > limit * total:
+        raise InputError(
+            f"{flag}: {bad} of {total} samples are damaged, more than --max_bad_fraction {limit}; "
+            "see skipped.jsonl, mend the data or raise the limit"
+        )
+
+
+# ---- plan: which rows make which step
+
+
+# Seam: which samples are trained on. Contract: acceptance(step) is an array over (labels…, unlabelled) in [0, 1].
+class SpeciesMix:
+    """Classes delivered as (1 - m) uniform + m data distribution, m depending on the optimizer step alone.
+
+    With arrivals a(s) and target p(s), a sample of class s is taken with probability c p(s) / a(s), c = min a / p:
+    what is taken follows p exactly, whatever a is. Rows without labels at all are taken as they come.
+    """
+
+    def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
+        self.start, self.end, self.steps, self.schedule = start, end, steps, schedule
+        self.names = index.label_names
+        per_row = np.diff(index.label_starts)
+        weight = np.repeat(1.0 / np.maximum(per_row, 1), per_row)
+        codes = index.label_codes
+        if choice == "first":
+            codes = codes[index.label_starts[:-1][per_row > 0]]
+            weight = np.ones(len(codes))
+        arrivals = np.bincount(codes, weights=weight, minlength=len(self.names))
+        self.support = arrivals > 0  # with `first`, a label may never come first
+        self.arrival = arrivals / max(arrivals.sum(), 1)
+        counts = csv_counts or dict(zip(self.names, arrivals))
+        self.absent = sorted(set(counts) - {n for n, s in zip(self.names, self.support) if s})
+        data = np.where(self.support, [counts.get(name, 0.0) for name in self.names], 0.0)
+        if self.support.any() and data.sum() == 0:
+            raise InputError("--species_csv: none of its species is in the data; check --species_key and the spelling")
+        self.data = data / max(data.sum(), 1e-300)
+        self.uniform = self.support / max(self.support.sum(), 1)
+
+    def weight_of_data(self, step):
+        """m at `step`, counted from 0."""
+        progress = min(step / self.steps, 1.0) if self.steps else 1.0
+        if self.schedule == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        return self.start + (self.end - self.start) * progress
+
+    def target(self, step):
+        """(K,) probabilities of the classes at `step`."""
+        m = self.weight_of_data(step)
+        return (1 - m) * self.uniform + m * self.data
+
+    def acceptance(self, step):
+        """(K + 1,) probability that an arriving sample of each class, last of none, is taken at `step`."""
+        if not self.support.any():
+            return np.ones(1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(self.support, self.target(step) / self.arrival, 0.0)
+        return np.append(ratio / ratio.max(), UNLABELLED_ACCEPTANCE)
+
+
+class SamplePlan:
+    """The rows of every global batch: a pure function of (index, mix, seed, global batch) and the step.
+
+    Each image arrives once per pass, in an order hashed from (image id, seed, pass), and meets an acceptance draw of
+    its own. The state is three integers: step, pass, position.
+    """
+
+    def __init__(self, index, mix, choice, seed, global_batch, step=0, pass_=0, position=0):
+        self.index, self.mix, self.choice, self.seed, self.global_batch = index, mix, choice, seed, global_batch
+        self.step, self.position = step, position
+        self.begin_pass(pass_)
+
+    def begin_pass(self, pass_):
+        ids, starts = self.index.id_hashes, self.index.label_starts
+        self.pass_ = pass_
+        self.order = np.argsort(hash64(ORDER, self.seed, pass_, ids), kind="stable")
+        self.draws = uniform(ACCEPT, self.seed, pass_, ids)
+        counts = np.diff(starts)
+        pick = np.zeros(len(ids)) if self.choice == "first" else uniform(LABEL, self.seed, pass_, ids)
+        at = starts[:-1] + np.minimum((pick * counts).astype(np.int64), np.maximum(counts - 1, 0))
+        codes = np.append(self.index.label_codes, -1)
+        self.labels = np.where(counts > 0, codes[np.minimum(at, len(codes) - 1)], -1)
+
+    def next_batch(self):
+        """(rows, labels), each (global_batch,), of the current step; moves on to the next."""
+        acceptance = self.mix.acceptance(self.step)
+        rows, labels, passes = [], [], 0
+        while len(rows) < self.global_batch:
+            if self.position >= len(self.order):
+                self.begin_pass(self.pass_ + 1)
+                self.position, passes = 0, passes + 1
+                if passes > 10_000:
+                    raise RuntimeError("--species_mix: no sample was accepted in 10,000 passes over the data")
+            arriving = self.order[self.position : self.position + 65536]
+            taken = np.flatnonzero(self.draws[arriving] < acceptance[self.labels[arriving]])
+            taken = taken[: self.global_batch - len(rows)]
+            rows.extend(arriving[taken])
+            labels.extend(self.labels[arriving[taken]])
+            full = len(rows) == self.global_batch
+            self.position += int(taken[-1]) + 1 if full else len(arriving)
+        self.step += 1
+        return np.array(rows), np.array(labels)
+
+
+@dataclass
+class MicroBatches:
+    """Batch sampler of one rank: yields lists of (row, label, step, position in the run's global order).
+
+    Planning runs ahead of training by what the workers prefetch; `states[n]` is where the plan stood after n steps.
+    """
+
+    plan: SamplePlan
+    last_step: int
+    batch_size: int
+    rank: int
+    world: int
+    states: dict = field(default_factory=dict)
+
+    def __iter__(self):
+        while self.plan.step < self.last_step:
+            step = self.plan.step
+            rows, labels = self.plan.next_batch()
+            self.states[self.plan.step] = {"pass": self.plan.pass_, "position": self.plan.position}
+            first = step * self.plan.global_batch
+            stride = self.batch_size * self.world
+            for start in range(self.rank * self.batch_size, len(rows), stride):
+                places = range(start, start + self.batch_size)
+                yield [(int(rows[i]), int(labels[i]), step, first + i) for i in places]
+
+
+# ---- decode, crop, batch
+
+
+def open_image(data):
+    """RGB image, EXIF orientation applied, alpha over white. Errors: ValueError when damaged, truncated or a bomb."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"image of {image.width}x{image.height} px is too large")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode image: {error}") from None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+# Seam: crops. Contract: (top, left) of a resolution x resolution window inside the (height, width) image.
+def random_ar_crop(height, width, resolution, u):
+    """Window near the middle of the long side, u in [0, 1); beyond 2:1 the centre or the start edge, half each."""
+    long, short = max(height, width), min(height, width)
+    margin, ratio = long - resolution, long / short
+    if ratio > 2:
+        offset = margin / 2 if u < 0.5 else 0.0
+    else:
+        jitter = 0.06 + 0.12 * min(max((ratio - 1) / 0.7, 0.0), 1.0)
+        offset = margin / 2 + (2 * u - 1) * jitter * margin
+    offset = int(round(offset))
+    return (offset, 0) if height > width else (0, offset)
+
+
+def center_crop(height, width, resolution):
+    """(top, left) of the middle window."""
+    return int(round((height - resolution) / 2)), int(round((width - resolution) / 2))
+
+
+def resize_short_side(image, resolution, interpolation):
+    """The image with its short side at `resolution` px, aspect ratio kept."""
+    scale = resolution / min(image.size)
+    size = [max(resolution, round(side * scale)) for side in image.size]
+    return image if tuple(size) == image.size else image.resize(size, interpolation)
+
+
+class ImageDataset(Dataset):
+    """Decoded, cropped samples; an item is asked for by (row, label, step, position in the global order)."""
+
+    def __init__(self, index, seed, resolution, crop, random_flip, interpolation):
+        self.index, self.seed, self.resolution, self.crop, self.random_flip = (
+            index,
+            seed,
+            resolution,
+            crop,
+            random_flip,
+        )
+        self.interpolation = Image.Resampling[interpolation.upper()]
+        self.files = {}  # path → file descriptor, per process; pread keeps no position, so sharing over a fork is safe
+
+    def read(self, row):
+        descriptor = self.files.get(row["path"])
+        if descriptor is None:
+            descriptor = self.files[row["path"]] = os.open(row["path"], os.O_RDONLY)
+        data = os.pread(descriptor, row["size"], row["offset"])
+        if len(data) != row["size"]:
+            raise OSError(
+                f"{row['path']}: {len(data)} bytes at {row['offset']}, expected {row['size']}; changed since indexing?"
+            )
+        return data
+
+    def open(self, i, label):
+        """(row, image, skipped): row i, or for a damaged one another of the same class, chosen by hash."""
+        skipped = []
+        candidates = None
+        for attempt in range(100):
+            row = self.index.row(i)
+            try:
+                return row, open_image(self.read(row)), skipped
+            except ValueError as error:
+                skipped.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
+            if candidates is None:
+                owners = np.repeat(np.arange(len(self.index)), np.diff(self.index.label_starts))
+                candidates = owners[self.index.label_codes == label] if label >= 0 else np.arange(len(self.index))
+            i = candidates[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], attempt)) % len(candidates)]
+        raise ValueError(f"{skipped[0]['shard']}: 100 damaged images in a row, the first {skipped[0]['key']}")
+
+    def __getitem__(self, request):
+        i, label, step, position = request
+        row, image, skipped = self.open(i, label)
+        original_size = (image.height, image.width)
+        image = resize_short_side(image, self.resolution, self.interpolation)
+        identity = hash_text(row["image_id"])
+        if self.random_flip and uniform(FLIP, self.seed, identity, step) < 0.5:
+            image = ImageOps.mirror(image)
+        if self.crop == "center":
+            top, left = center_crop(image.height, image.width, self.resolution)
+        else:
+            u = float(uniform(CROP, self.seed, identity, step))
+            top, left = random_ar_crop(image.height, image.width, self.resolution, u)
+        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        return {
+            "pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),  # (3, H, W) uint8
+            "captions": row["caption"],
+            "original_sizes": original_size,
+            "crop_top_lefts": (top, left),
+            "target_sizes": (self.resolution, self.resolution),
+            "aesthetic_scores": 6.0 if row["score"] is None else min(max(row["score"] / 10, 1.0), 10.0),
+            "species": self.index.label_names[label] if label >= 0 else None,
+            "keys": row["key"],
+            "sample_seeds": torch_seed(SAMPLE, self.seed, position),
+            "positions": position,
+            "replaced": bool(skipped),
+            "skipped": skipped,
+        }
+
+
+def collate(samples):
+    """Lists of the samples' fields; `pixels` (B, 3, H, W) uint8 and float32 tensors for sizes, offsets and scores."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    batch["pixels"] = torch.stack(batch["pixels"])
+    for name in ("original_sizes", "crop_top_lefts", "target_sizes", "aesthetic_scores"):
+        batch[name] = torch.tensor(batch[name], dtype=torch.float32)
+    batch["skipped"] = [entry for entries in batch["skipped"] for entry in entries]
+    return batch
+
+
+def move_batch(batch, device):
+    """The batch with tensors on `device` and `pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
+    moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    moved["pixel_values"] = moved.pop("pixels").float() / 127.5 - 1
+    return moved
+
+
+def make_loader(dataset, batch_sampler, workers, pin_memory):
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+# ------------------------------------------------------------------------------
+# 4 Conditioning
+# ------------------------------------------------------------------------------
+
+
+def tokenize(tokenizer, captions):
+    """(B, 77) int64 token ids, padded and cut as the SDXL pipeline does."""
+    length = tokenizer.model_max_length
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def encode_prompts(text_encoders, tokenizers, captions, device):
+    """prompt_embeds (B, 77, D1 + D2) and pooled_prompt_embeds (B, D2), as SDXL's pipeline encodes them.
+
+    Embeddings are both encoders' penultimate hidden states; pooled is text_encoder_2's projection.
+    """
+    embeds = []
+    for encoder, tokenizer in zip(text_encoders, tokenizers):
+        output = encoder(tokenize(tokenizer, captions).to(device), output_hidden_states=True)
+        embeds.append(output.hidden_states[-2])
+    return torch.cat(embeds, dim=-1), output.text_embeds
+
+
+def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
+    """Both with the samples where `dropped` (B,) bool replaced by `empty` = (embeds, pooled), or by zeros.
+
+    A torch.where on the result: an encoder that is skipped on one rank would leave DDP waiting.
+    """
+    empty_embeds, empty_pooled = empty or (torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds))
+    return (
+        torch.where(dropped[:, None, None], empty_embeds, prompt_embeds),
+        torch.where(dropped[:, None], empty_pooled, pooled_prompt_embeds),
+    )
+
+
+def make_time_ids(original_sizes, crop_top_lefts, target_sizes):
+    """(B, 6) float32 add_time_ids from three (B, 2) tensors, (height, width) and (top, left); arXiv:2307.01952, sec. 2.2.
+
+    float32 always: in bf16 a side of 1365 px would become 1368.
+    """
+    return torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1).float()
+
+
+# ------------------------------------------------------------------------------
+# 5 Loss
+# ------------------------------------------------------------------------------
+
+
+# Seam: timesteps and noise. Contract: timesteps (B,) int64 below the scheduler's length; noise like the latents; all
+# from the samples' own seeds, so that the draw is the same on any number of processes.
+def sample_noise(sample_seeds, latent_shape, num_train_timesteps, noise_offset=0.0):
+    """Per sample, from its seed: vae_noise and noise (B, *latent_shape), timesteps (B,) int64, caption_draws (B,)."""
+    draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
+    for seed in sample_seeds:
+        generator = torch.Generator().manual_seed(seed)
+        draws["timesteps"].append(torch.randint(num_train_timesteps, (), generator=generator))
+        draws["caption_draws"].append(torch.rand((), generator=generator))
+        draws["vae_noise"].append(torch.randn(latent_shape, generator=generator))
+        noise = torch.randn(latent_shape, generator=generator)
+        offset = torch.randn((latent_shape[0], 1, 1), generator=generator)
+        draws["noise"].append(noise + noise_offset * offset)
+    return {name: torch.stack(values) for name, values in draws.items()}
+
+
+def sample_batch_noise(models, batch, noise_offset):
+    """sample_noise with the shapes of this batch's latents."""
+    height, width = (
+        side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in batch["pixel_values"].shape[-2:]
+    )
+    shape = (models.vae.config.latent_channels, height, width)
+    return sample_noise(batch["sample_seeds"], shape, models.noise_scheduler.config.num_train_timesteps, noise_offset)
+
+
+def encode_latents(vae, pixel_values, vae_noise):
+    """(B, 4, H / 8, W / 8) latents sampled from the VAE's posterior with `vae_noise`, scaled."""
+    with torch.no_grad():
+        posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+        return (posterior.mean.float() + posterior.std.float() * vae_noise) * vae.config.scaling_factor
+
+
+# Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
+def compute_snr_weights(snr, gamma, prediction_type):
+    """Min-SNR-gamma weights (B,); Min-SNR, arXiv:2303.09556, sec. 3.4: min(snr, g) / snr, for v-prediction / (snr + 1)."""
+    if not gamma:
+        return torch.ones_like(snr)
+    return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+
+
+# Seam: the objective. Contract: (B,) losses that depend on nothing but the arguments.
+def diffusion_loss(
+    models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
+):
+    """(B,) weighted denoising losses of a batch (room 3) with the random `draws` of sample_noise."""
+    device, scheduler = batch["pixel_values"].device, models.noise_scheduler
+    noise, timesteps = draws["noise"].to(device), draws["timesteps"].to(device)
+
+    latents = encode_latents(models.vae, batch["pixel_values"], draws["vae_noise"].to(device))  # (B, 4, h, w)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+
+    with_empty = dropped_caption == "empty"
+    captions = batch["captions"] + [""] * with_empty
+    prompt_embeds, pooled_prompt_embeds = encode_prompts(models.text_encoders, models.tokenizers, captions, device)
+    empty = None
+    if with_empty:  # the last row of both is the empty caption's
+        empty = (prompt_embeds[-1:], pooled_prompt_embeds[-1:])
+        prompt_embeds, pooled_prompt_embeds = prompt_embeds[:-1], pooled_prompt_embeds[:-1]
+    dropped = draws["caption_draws"].to(device) < caption_dropout_rate
+    prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
+    time_ids = make_time_ids(batch["original_sizes"], batch["crop_top_lefts"], batch["target_sizes"])
+
+    model_pred = models.unet(
+        noisy_latents.to(weight_dtype),
+        timesteps,
+        prompt_embeds.to(weight_dtype),
+        added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(weight_dtype), "time_ids": time_ids},
+    ).sample
+
+    prediction_type = scheduler.config.prediction_type
+    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return loss * compute_snr_weights(compute_snr(scheduler, timesteps), snr_gamma, prediction_type)
+
+
+# ------------------------------------------------------------------------------
+# 6 Optimizer
+# ------------------------------------------------------------------------------
+
+
+# Seam: the optimizer. Contract: a torch optimizer over the parameter groups, whose "lr" the schedule multiplies.
+def make_optimizer(args, groups, learning_rate):
+    """--optimizer over the groups. Errors: RuntimeError when its package is missing or cannot run here."""
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
+    try:
+        if args.optimizer == "adamw8bit":
+            import bitsandbytes
+
+            return bitsandbytes.optim.AdamW8bit(groups, lr=learning_rate, eps=args.adam_epsilon, **adam)
+        if args.optimizer == "prodigy":
+            import prodigyopt
+
+            return prodigyopt.Prodigy(groups, lr=learning_rate, eps=args.adam_epsilon, safeguard_warmup=True, **adam)
+    except ImportError as error:
+        raise RuntimeError(
+            f"--optimizer: {args.optimizer} needs a package that does not load here: {error}"
+        ) from error
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=args.adam_epsilon, fused=True, **adam)
+
+
+# Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; no state, so none to save.
+def make_lr_schedule(name, warmup_steps, max_train_steps):
+    """Function of the optimizer step; diffusers' schedules by name, over `max_train_steps` on any number of GPUs."""
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
+    return get_scheduler(name, placeholder, **steps).lr_lambdas[0]
+
+
+def set_learning_rate(optimizer, peaks, factor):
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["lr"] = peak * factor
+
+
+# ------------------------------------------------------------------------------
+# 7 Checkpoints
+# ------------------------------------------------------------------------------
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+# Flags that change what is learned: they must be the same when a run is resumed. All others may differ.
+MATHEMATICS = ["stage", "rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "train_text_encoder", "text_encoder_rank", "text_encoder_alpha", "vae_precision", "max_train_samples", "resolution", "crop", "random_flip", "image_interpolation_mode", "species_key", "species_choice", "species_mix", "species_mix_schedule", "caption_dropout_rate", "dropped_caption", "snr_gamma", "prediction_type", "noise_offset", "optimizer", "learning_rate", "text_encoder_lr_scale", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"]
+
+
+@dataclass
+class Progress:
+    """All that a resume needs beside adapters and optimizer; progress.json is this."""
+
+    step: int = 0
+    seed: int = 0
+    run_id: str = ""
+    data_pass: int = 0
+    data_position: int = 0
+    loss_sum: float = 0.0  # of the optimizer steps since the last row of metrics
+    loss_count: int = 0
+    skipped: int = 0  # samples replaced because they were damaged
+    law: dict = field(default_factory=dict)  # what must match on resume
+
+
+def make_law(args, accelerator, index, mix):
+    """What fixes the mathematics of a run, compared on resume: flags, data and global batch."""
+    law = {name: getattr(args, name) for name in MATHEMATICS}
+    law["mixed_precision"] = accelerator.mixed_precision
+    law["global_batch"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    law["dataset"] = index.fingerprint()
+    law["species_distribution"] = f"{hash_text(repr([(n, float(q)) for n, q in zip(mix.names, mix.data)])):016x}"
+    return json.loads(json.dumps(law))
+
+
+def check_law(saved, current):
+    """Errors: InputError naming each flag that differs, with both values."""
+    different = [f"--{k}: {saved.get(k)!r} then, {v!r} now" for k, v in current.items() if saved.get(k) != v]
+    if different:
+        raise InputError(
+            "--resume_from_checkpoint: the run would not be the same; "
+            + "; ".join(different)
+            + "; give the values of then, "
+            "or another --output_dir"
+        )
+
+
+def adapter_state_dict(trained):
+    """{"unet.….lora_A.weight": fp32 tensor}: diffusers' keys, encoders' always with `text_model.` (older stacks want it)."""
+    state = {}
+    for name, model in trained.items():
+        for key, tensor in get_peft_model_state_dict(model).items():
+            if name != "unet" and not key.startswith("text_model."):
+                key = "text_model." + key
+            state[f"{name}.{key}"] = tensor.detach().float().cpu().contiguous()
+    return state
+
+
+def load_adapter_state_dict(trained, state):
+    """Puts what adapter_state_dict returned back. Errors: ValueError when a tensor is missing or left over."""
+    for name, model in trained.items():
+        own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+        if not hasattr(model, "text_model"):  # flattened in newer transformers
+            own = {k.removeprefix("text_model."): v for k, v in own.items()}
+        expected = set(get_peft_model_state_dict(model))
+        if set(own) != expected:
+            raise ValueError(f"{name}: adapter tensors differ, e.g. {sorted(set(own) ^ expected)[:2]}")
+        set_peft_model_state_dict(model, own)
+
+
+def adapter_metadata(trained):
+    """Rank, alpha and kind per model, as diffusers reads them from the file's header."""
+    metadata = {}
+    for name, model in trained.items():
+        config = model.peft_config["default"]
+        known = {
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "target_modules": sorted(config.target_modules),
+            "use_dora": config.use_dora,
+            "use_rslora": config.use_rslora,
+        }
+        if config.layers_to_transform is not None:
+            known["layers_to_transform"] = list(config.layers_to_transform)
+        metadata |= {f"{name}.{key}": value for key, value in known.items()}
+    return metadata
+
+
+def kohya_state_dict(trained):
+    """The same adapters under kohya's keys for ComfyUI and A1111, the effective alpha in `.alpha` tensors.
+
+    kohya's scale is alpha / rank: for rsLoRA, whose scale is alpha / sqrt(rank), alpha * sqrt(rank) is written.
+    """
+    renamed = {
+        "lora_A.weight": "lora_down.weight",
+        "lora_B.weight": "lora_up.weight",
+        "lora_magnitude_vector": "dora_scale",
+    }
+    state = {}
+    for key, tensor in adapter_state_dict(trained).items():
+        name, _, rest = key.partition(".")
+        suffix = next(s for s in renamed if rest.endswith(s))
+        layer = f"{KOHYA_PREFIXES[name]}_{rest.removesuffix('.' + suffix).replace('.', '_')}"
+        config = trained[name].peft_config["default"]
+        alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
+        state[f"{layer}.{renamed[suffix]}"] = tensor[:, None] if suffix == "lora_magnitude_vector" else tensor
+        state[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return state
+
+
+def kohya_metadata(trained):
+    config = trained["unet"].peft_config["default"]
+    return {
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(config.lora_alpha),
+    }
+
+
+def write_file(path, data):
+    """Bytes to `path`, on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_safetensors(path, tensors, metadata):
+    """safetensors with a sorted header, so that equal adapters are equal bytes."""
+    raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
+    size = int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_file(path, len(header).to_bytes(8, "little") + header + raw[8 + size :])
+
+
+def save_lora(trained, folder):
+    """Both LoRA files of the unwrapped `trained` models, by name."""
+    adapters = json.dumps(adapter_metadata(trained), sort_keys=True)
+    write_safetensors(Path(folder) / LORA_FILE, adapter_state_dict(trained), {"lora_adapter_metadata": adapters})
+    write_safetensors(Path(folder) / KOHYA_FILE, kohya_state_dict(trained), kohya_metadata(trained))
+
+
+def register_adapter_hooks(accelerator, trained):
+    """Makes accelerator.save_state and load_state keep adapters only: the LoRA file is the adapters' checkpoint."""
+
+    def save_hook(_models, weights, folder):
+        weights.clear()
+        if accelerator.is_main_process:
+            save_lora(trained, folder)
+
+    def load_hook(prepared, folder):
+        prepared.clear()
+        load_adapter_state_dict(trained, safetensors.torch.load_file(Path(folder) / LORA_FILE))
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_checkpoint(accelerator, output_dir, progress, keep=None):
+    """Writes output_dir/checkpoint-N whole or not at all: temporary folder, checksums, rename; then prunes to `keep`."""
+    final = Path(output_dir) / f"checkpoint-{progress.step}"
+    partial = Path(output_dir) / f".checkpoint-{progress.step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for leftover in partial.glob(
+            "random_states_*"
+        ):  # there is no per-rank state: every draw is a function of the step
+            leftover.unlink()
+        write_file(partial / "progress.json", (json.dumps(vars(progress), indent=1) + "\n").encode())
+        sums = {}
+        for path in sorted(p for p in partial.iterdir() if p.is_file()):
+            sync_folder(path)
+            sums[path.name] = checksum(path)
+        write_file(partial / "checksums.json", json.dumps(sums, indent=1).encode())
+        sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that the resume passed over
+        os.rename(partial, final)
+        sync_folder(output_dir)
+        for _, old in list_checkpoints(output_dir)[: -keep if keep else 0]:
+            shutil.rmtree(old, ignore_errors=True)
+        logger.info("saved %s", final)
+    accelerator.wait_for_everyone()
+
+
+def verify_checkpoint(folder):
+    """None when every file of the checkpoint is whole, else what is wrong with it."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        damaged = [name for name, sum_ in sums.items() if checksum(folder / name) != sum_]
+    except (OSError, ValueError) as error:
+        return f"incomplete ({error})"
+    return f"damaged: {', '.join(damaged)}" if damaged else None
+
+
+def find_checkpoint(args):
+    """(folder, Progress) to resume from, (None, None) for a fresh start; damaged checkpoints are named and passed over.
+
+    Errors: InputError when the checkpoint given by path, or every one there is, is damaged.
+    """
+    if not args.resume_from_checkpoint:
+        return None, None
+    if args.resume_from_checkpoint == "latest":
+        folders = [path for _, path in reversed(list_checkpoints(args.output_dir))]
+    else:
+        folders = [Path(args.resume_from_checkpoint)]
+    for folder in folders:
+        fault = verify_checkpoint(folder)
+        if fault is None:
+            return folder, Progress(**json.loads((folder / "progress.json").read_text()))
+        logger.warning("--resume_from_checkpoint: %s is %s; passed over", folder, fault)
+    if folders:
+        raise InputError(f"--resume_from_checkpoint: no whole checkpoint among {', '.join(map(str, folders))}")
+    return None, None
+
+
+def trim_metrics(path, step):
+    """Cuts the rows after `step` from metrics.jsonl, so that none appears twice after a resume."""
+    if path.exists():
+        rows = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        write_file(path, "".join(row + "\n" for row in rows).encode())
+
+
+# ------------------------------------------------------------------------------
+# 8 Validation
+# ------------------------------------------------------------------------------
+
+
+def unwrap(accelerator, models):
+    """The models without DDP; their forwards stay what training calls."""
+    return replace(
+        models,
+        unet=accelerator.unwrap_model(models.unet),
+        text_encoders=[accelerator.unwrap_model(encoder) for encoder in models.text_encoders],
+    )
+
+
+@contextmanager
+def evaluating(models):
+    """The adapted models in eval mode, no LoRA dropout, and no gradients."""
+    adapted = [models.unet, *models.text_encoders]
+    modes = [model.training for model in adapted]
+    with torch.no_grad():
+        for model in adapted:
+            model.eval()
+        try:
+            yield
+        finally:
+            for model, mode in zip(adapted, modes):
+                model.train(mode)
+
+
+def validation_requests(index, batch_size, rank, world, max_batches):
+    """This rank's batches of (row, label, step, position), rows sorted by id, the last padded; and each one's real size.
+
+    The position, which seeds the noise, is a hash of the image id: every run and world size sees the same noise.
+    """
+    rows = np.argsort(index.id_hashes, kind="stable")
+    batches = []
+    for start in list(range(0, len(rows), batch_size))[:max_batches][rank::world]:
+        chunk = rows[start : start + batch_size]
+        padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch_size - len(chunk))])
+        requests = [(int(i), -1, 0, int(index.id_hashes[i] >> np.uint64(1))) for i in padded]
+        batches.append((requests, len(chunk)))
+    return batches
+
+
+# Seam: the metric to sweep. Contract: a float in metrics.jsonl, lower is better, the same on any number of processes.
+def compute_validation_loss(accelerator, models, dataset, args, weight_dtype):
+    """Mean squared error over every validation sample once, noise and timestep fixed per sample, no weighting."""
+    requests = validation_requests(
+        dataset.index,
+        args.train_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        args.val_max_batches,
+    )
+    loader = make_loader(dataset, [r for r, _ in requests], args.dataloader_num_workers, pin_memory=False)
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    models = unwrap(accelerator, models)
+    with evaluating(models):
+        for batch, (_, size) in zip(loader, requests):
+            batch = move_batch(batch, accelerator.device)
+            draws = sample_batch_noise(models, batch, noise_offset=0.0)
+            losses = diffusion_loss(models, batch, draws, weight_dtype).double()[:size]
+            whole = torch.tensor([not replaced for replaced in batch["replaced"][:size]], device=losses.device)
+            total += torch.stack([losses[whole].sum(), whole.sum()])
+    loss_sum, count = accelerator.reduce(total, "sum").tolist()
+    return loss_sum / max(count, 1)
+
+
+@contextmanager
+def stock_forward(*modules):
+    """Without the output conversion that Accelerate puts on `forward`: pipelines expect the weights' dtype back."""
+    wrapped = [(m, m.__dict__.pop("forward")) for m in modules if "forward" in m.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
+
+
+def generate_images(models, prompts, seeds, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS):
+    """(n, H, W, 3) float in [0, 1]: a picture per (prompt, seed) by the stock SDXL pipeline with the snapshot's sampler.
+
+    Each is made alone from CPU noise, so it is the one that diffusers makes from the saved file with that seed.
+    """
+    pipeline = StableDiffusionXLPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoders[0],
+        text_encoder_2=models.text_encoders[1],
+        tokenizer=models.tokenizers[0],
+        tokenizer_2=models.tokenizers[1],
+        unet=models.unet,
+        scheduler=models.sampling_scheduler,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    with evaluating(models), stock_forward(models.unet, *models.text_encoders):
+        for prompt, seed in zip(prompts, seeds):
+            latents = pipeline(
+                prompt,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=num_inference_steps,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+            ).images
+            pixels = models.vae.decode((latents / models.vae.config.scaling_factor).to(models.vae.dtype)).sample
+            images.append(VaeImageProcessor().postprocess(pixels.float(), output_type="np")[0])
+    return np.stack(images)
+
+
+def draw_grid(images, prompts, columns):
+    """One row of pictures per prompt, the prompt above it; images (n, H, W, 3) uint8."""
+    side = max(images.shape[1], 128)
+    sheet = Image.new("RGB", (columns * side, (side + 16) * -(-len(images) // columns)), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST if side > image.shape[1] else None)
+        sheet.paste(tile, (column * side, row * (side + 16) + 16))
+        if column == 0:
+            ImageDraw.Draw(sheet).text((2, row * (side + 16) + 2), prompts[i], fill="black")
+    return sheet
+
+
+def save_samples(accelerator, models, args, seed, step):
+    """Writes samples/step-N.png, the pictures made by all ranks together, and gives it to the trackers."""
+    jobs = [(prompt, seed + i) for prompt in read_prompts(args) for i in range(args.num_validation_images)]
+    own = jobs[accelerator.process_index :: accelerator.num_processes]
+    images = np.zeros((0, args.resolution, args.resolution, 3), np.uint8)
+    if own:
+        pictures = generate_images(unwrap(accelerator, models), *zip(*own), args.resolution)
+        images = (pictures * 255).round().astype(np.uint8)
+    numbered = list(zip(range(accelerator.process_index, len(jobs), accelerator.num_processes), images))
+    ordered = [image for _, image in sorted(gather_object(numbered), key=lambda pair: pair[0])]
+    if not accelerator.is_main_process:
+        return
+    folder = Path(args.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    grid = draw_grid(np.stack(ordered), [prompt for prompt, _ in jobs], args.num_validation_images)
+    grid.save(folder / f"step-{step}.png")
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+
+
+def validate(accelerator, models, val_dataset, args, weight_dtype, progress):
+    """{"val_loss": …} (empty without --val_shards); writes the sample grid when there are prompts."""
+    metrics = {}
+    if val_dataset is not None:
+        metrics["val_loss"] = compute_validation_loss(accelerator, models, val_dataset, args, weight_dtype)
+        accelerator.log(metrics, step=progress.step)
+        logger.info("step %d: %s", progress.step, metrics)
+    if args.validation_prompt or args.validation_prompts:
+        save_samples(accelerator, models, args, progress.seed, progress.step)
+    return metrics
+
+
+# ------------------------------------------------------------------------------
+# 9 Train loop
+# ------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Truthy once SIGTERM or SIGUSR1 came; the handler only sets a flag, the step's edge acts on it."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        self.received = True
+
+    def __bool__(self):
+        return self.received
+
+
+@dataclass
+class Run:
+    """What the train loop works on, made in main()."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    models: Models  # prepared
+    trained: dict  # name → prepared model with adapters
+    parameters: list
+    optimizer: torch.optim.Optimizer
+    peak_lrs: list
+    lr_schedule: object
+    batches: MicroBatches
+    loader: DataLoader
+    val_dataset: ImageDataset | None
+    weight_dtype: torch.dtype
+    progress: Progress
+    max_train_steps: int
+    steps_per_epoch: int
+    stop: StopSignal
+
+
+def train_step(run, batch):
+    """(B,) losses of one micro-step; the optimizer steps with the last micro-step of an update."""
+    args, accelerator = run.args, run.accelerator
+    draws = sample_batch_noise(run.models, batch, args.noise_offset)
+    torch.manual_seed(torch_seed(DROPOUT_MASK, run.progress.seed, batch["positions"][0]))  # LoRA dropout's masks
+    with accelerator.accumulate(*run.trained.values()):
+        losses = diffusion_loss(
+            run.models,
+            batch,
+            draws,
+            run.weight_dtype,
+            snr_gamma=args.snr_gamma,
+            caption_dropout_rate=args.caption_dropout_rate,
+            dropped_caption=args.dropped_caption,
+        )
+        accelerator.backward(losses.mean())
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(run.parameters, args.max_grad_norm)
+            set_learning_rate(run.optimizer, run.peak_lrs, run.lr_schedule(run.progress.step))
+    return losses.detach()
+
+
+def check_gradients(trained):
+    """Errors: RuntimeError naming the trainable parameters that got no gradient."""
+    lost = [
+        f"{name}.{n}"
+        for name, m in trained.items()
+        for n, p in m.named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
+    if lost:
+        raise RuntimeError(f"--lora_target_modules: no gradient reaches {', '.join(lost[:3])}; leave such layers out")
+
+
+def agree(run, losses, keys, skipped):
+    """(loss, stop, skipped) of the global batch, the same on every rank: one reduction per optimizer step.
+
+    Errors: FloatingPointError on all ranks together when the loss is not finite, naming step and samples.
+    """
+    local = torch.tensor([losses.double().mean().item(), bool(run.stop), skipped], dtype=torch.float64)
+    loss, stop, skipped = run.accelerator.reduce(local.to(losses.device), "sum").tolist()
+    if not math.isfinite(loss):
+        samples = gather_object([k for k, l in zip(keys, losses.tolist()) if not math.isfinite(l)])
+        raise FloatingPointError(
+            f"--learning_rate: loss is {loss} at step {run.progress.step + 1}, samples {', '.join(samples[:8])}; "
+            "nothing was overwritten; lower the learning rate, or use --mixed_precision bf16 and --vae_precision fp32"
+        )
+    return loss / run.accelerator.num_processes, stop > 0, int(skipped)
+
+
+def train(run):
+    """Trains to max_train_steps or until told to stop; returns the last metrics."""
+    args, accelerator, progress = run.args, run.accelerator, run.progress
+    bar = tqdm(
+        total=run.max_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process, unit="step"
+    )
+    metrics, last_log, stopping = {}, (progress.step, time.time()), False
+    losses, keys, skipped = [], [], []
+    for batch in run.loader:
+        batch = move_batch(batch, accelerator.device)
+        losses.append(train_step(run, batch))
+        keys += batch["keys"]
+        skipped += batch["skipped"]
+        if not accelerator.sync_gradients:
+            continue
+
+        loss, stopping, replaced = agree(run, torch.cat(losses), keys, len(skipped))
+        if progress.step == 0:
+            check_gradients(run.trained)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
+        state = run.batches.states.pop(progress.step)
+        progress.data_pass, progress.data_position = state["pass"], state["position"]
+        progress.skipped += replaced
+        note_skipped(run, skipped)
+        losses, keys, skipped = [], [], []
+        bar.update()
+        done = progress.step >= run.max_train_steps
+
+        if progress.step % args.logging_steps == 0 or done:
+            metrics, last_log = log_metrics(run, bar, last_log)
+        if is_time_to_validate(run) and not stopping:
+            metrics |= validate(accelerator, run.models, run.val_dataset, args, run.weight_dtype, progress)
+        if is_time_to_save(args, progress.step) or stopping or done:
+            save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
+        if stopping or done:
+            break
+    bar.close()
+    return metrics | {"step": progress.step, "preempted": stopping and progress.step < run.max_train_steps}
+
+
+def is_time_to_save(args, step):
+    return step % args.checkpointing_steps == 0 and step >= args.checkpointing_after_steps
+
+
+def is_time_to_validate(run):
+    every = run.args.validation_steps or run.args.validation_epochs * run.steps_per_epoch
+    return run.progress.step % every == 0 or run.progress.step >= run.max_train_steps
+
+
+def log_metrics(run, bar, last_log):
+    """(row, (step, time)) of metrics.jsonl and the trackers: means since the last row."""
+    progress, args = run.progress, run.args
+    step, now = progress.step, time.time()
+    images = (step - last_log[0]) * run.batches.plan.global_batch
+    row = {
+        "loss": progress.loss_sum / progress.loss_count,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "epoch": step / run.steps_per_epoch,
+        "species_mix": run.batches.plan.mix.weight_of_data(step - 1),
+        "skipped": progress.skipped,
+        "images_per_second": images / max(now - last_log[1], 1e-9),
+    }
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", img_s=f"{row['images_per_second']:.1f}")
+    run.accelerator.log(row, step=step)
+    return row, (step, now)
+
+
+def note_skipped(run, entries):
+    """Writes damaged samples to skipped.jsonl, each once.
+
+    Errors: InputError when more than --max_bad_fraction of all samples are damaged.
+    """
+    if not entries:
+        return
+    dataset, path = run.loader.dataset, Path(run.args.output_dir) / "skipped.jsonl"
+    known = {(e["shard"], e["key"]) for e in read_jsonl(path)}
+    new = [e for e in entries if (e["shard"], e["key"]) not in known]
+    append_jsonl(path, new)
+    total = len(dataset.index) + len(dataset.index.damage)
+    check_bad_fraction("--train_shards", len(known) + len(new), total, run.args.max_bad_fraction)
+
+
+# ------------------------------------------------------------------------------
+# 10 Main
+# ------------------------------------------------------------------------------
+
+
+class JsonlTracker(GeneralTracker):
+    """metrics.jsonl: one JSON object per row, on the disk as soon as it is logged."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self):
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values):
+        pass
+
+    @on_main_process
+    def log(self, values, step=None, **kwargs):
+        append_jsonl(self.path, [{"step": step, **values, "time": round(time.time(), 3)}])
+
+
+def make_accelerator(args):
+    """Accelerator with our trackers and without autocast; checks that the launcher's world is the one we are in."""
+    autocast = AutocastKwargs(enabled=False)  # the frozen models are in the weight dtype, the adapters cast themselves
+    output_dir = Path(args.output_dir)
+    names = [] if args.report_to == "none" else [args.report_to]
+    if args.report_to == "all":
+        names = [tracker for tracker in get_available_trackers()]
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=[*names, JsonlTracker(output_dir / "metrics.jsonl")],
+        project_config=ProjectConfiguration(
+            project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)
+        ),
+        kwargs_handlers=[autocast, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise RuntimeError(
+            f"the launcher started {expected} processes but they form a world of {accelerator.num_processes}; "
+            "without a GPU set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        raise InputError(
+            "--mixed_precision: fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no"
+        )
+    return accelerator
+
+
+def prepare_output_dir(accelerator, args):
+    """Makes output_dir, or empties it of an earlier run's traces with --overwrite_output_dir; starts this rank's log."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / args.logging_dir).mkdir(parents=True, exist_ok=True)
+        if not args.resume_from_checkpoint:
+            for name in ("metrics.jsonl", "skipped.jsonl"):
+                (output_dir / name).unlink(missing_ok=True)
+            for _, folder in list_checkpoints(output_dir) if args.overwrite_output_dir else ():
+                shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
+    handler = logging.FileHandler(output_dir / args.logging_dir / f"rank-{accelerator.process_index}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [handler]
+    if accelerator.is_main_process:
+        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    datasets.utils.logging.disable_progress_bar()
+    for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def start_progress(args, found):
+    """The Progress to go on from: the checkpoint's, or a fresh one with a seed and a run id, the same on every rank."""
+    if found is not None:
+        if args.seed not in (None, found.seed):
+            raise InputError(
+                f"--seed: {found.seed} then, {args.seed} now; give the value of then or another --output_dir"
+            )
+        return found
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "little") >> 1
+    fresh = [Progress(seed=seed, run_id=os.urandom(4).hex())]
+    return broadcast_object_list(fresh)[0]
+
+
+def append_jsonl(path, rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def make_data(accelerator, args, seed):
+    """(index, mix, validation index or None); warnings about damage and about the species are logged."""
+    flag = "--train_shards" if args.train_shards else "--train_data_dir"
+    index = load_index(accelerator, args, flag, seed)
+    csv_counts = read_species_csv(args.species_csv) if args.species_csv else None
+    start, end, steps = args.species_mix
+    mix = SpeciesMix(index, args.species_choice, csv_counts, start, end, steps, args.species_mix_schedule)
+    val_index = load_index(accelerator, args, "--val_shards", seed) if args.val_shards else None
+    if accelerator.is_main_process:
+        path = Path(args.output_dir) / "skipped.jsonl"
+        known = {(e["shard"], e["key"], e["reason"]) for e in read_jsonl(path)}
+        append_jsonl(path, [d for d in index.damage if (d["shard"], d["key"], d["reason"]) not in known])
+        log_data(index, mix, csv_counts)
+    return index, mix, val_index
+
+
+def log_data(index, mix, csv_counts):
+    """Tells what was found: samples, species, damage, and where the species CSV and the data disagree."""
+    logger.info("%d images of %d species, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
+    if index.damage:
+        logger.warning("damaged: %s", dict(Counter(d["reason"] for d in index.damage)))
+    if csv_counts and mix.absent:
+        logger.warning("--species_csv: %d species never arrive, e.g. %s", len(mix.absent), ", ".join(mix.absent[:5]))
+    distance = 0.5 * np.abs(mix.data - mix.arrival).sum()
+    if csv_counts and distance > 0.1:
+        worst = int(np.argmax(np.abs(mix.data - mix.arrival)))
+        logger.warning(
+            "--species_csv: differs from the data by %.0f %% (%s: %.2f %% there, %.2f %% here); the CSV's is delivered",
+            100 * distance, mix.names[worst], 100 * mix.data[worst], 100 * mix.arrival[worst],
+        )  # fmt: skip
+
+
+def save_run(args, progress, index):
+    """config.yaml (a --config file, never with the token), run.json and the script itself into output_dir."""
+    output_dir = Path(args.output_dir)
+    leave_out = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
+    flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out} | {"seed": progress.seed}
+    write_file(output_dir / "config.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True).encode())
+    script = Path(__file__)
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=script.parent, capture_output=True, text=True
+    ).stdout.strip()
+    packages = ["torch", "accelerate", "diffusers", "transformers", "peft", "webdataset", "datasets", "safetensors"]
+    facts = {
+        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
+        "git_revision": revision or None,
+        "dataset": index.fingerprint(),
+        "images": len(index),
+        "run_id": progress.run_id,
+    }
+    write_file(output_dir / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
+    shutil.copy(script, output_dir / script.name)
+
+
+def init_trackers(accelerator, args, progress):
+    """Starts the trackers; a resumed run goes on in the same W&B run and the same metrics.jsonl."""
+    flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
+    options = {
+        "wandb": {"id": progress.run_id, "resume": "allow", "name": Path(args.output_dir).name},
+        "tensorboard": {"purge_step": progress.step + 1},
+    }
+    accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
+
+
+def save_model_card(args, metrics, index):
+    """README.md of the LoRA: how it was trained, how to load it, the last sample grid."""
+    samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
+    numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
+    picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
+    flags = "\n".join(f"  {k}: {getattr(args, k)}" for k in MATHEMATICS)
+    card = f"""---
+base_model: {args.pretrained_model_name_or_path}
+library_name: diffusers
+tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
+---
+# LoRA for {args.pretrained_model_name_or_path}
+
+{picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.
+
+```python
+pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
+pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
+```
+
+`{KOHYA_FILE}` holds the same adapters for ComfyUI and A1111. Training flags:
+
+```yaml
+{flags}
+```
+"""
+    write_file(Path(args.output_dir) / "README.md", card.encode())
+
+
+def push_to_hub(args):
+    """Uploads LoRA files, card, samples and config.yaml to --hub_model_id."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=args.hub_token)
+    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
+    patterns = ["*.safetensors", "README.md", "config.yaml", "samples/*"]
+    ignored = ["checkpoint-*/*", ".checkpoint-*/*"]
+    api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, ignore_patterns=ignored)
+
+
+def make_run(args, accelerator, progress, stop):
+    """Everything the train loop needs, made in the order of the rooms."""
+    index, mix, val_index = make_data(accelerator, args, progress.seed)
+    law = make_law(args, accelerator, index, mix)
+    if progress.law:
+        check_law(progress.law, law)
+    progress.law = law
+
+    weight_dtype = weight_dtype_of(accelerator.mixed_precision)
+    models = load_models(args, weight_dtype, accelerator.device)
+    trained = add_adapters(args, models, progress.seed)
+    register_adapter_hooks(accelerator, trained)
+
+    global_batch = law["global_batch"]
+    learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
+    groups = make_parameter_groups(trained, learning_rate, args.text_encoder_lr_scale)
+    parameters = [p for group in groups for p in group["params"]]
+    peak_lrs = [group["lr"] for group in groups]
+    prepared = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
+    prepared_models, optimizer = dict(zip(trained, prepared[:-1])), prepared[-1]
+    encoders = [prepared_models.get(n, m) for n, m in zip(("text_encoder", "text_encoder_2"), models.text_encoders)]
+    models = replace(models, unet=prepared_models["unet"], text_encoders=encoders)
+
+    steps_per_epoch = math.ceil(len(index) / global_batch)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    warmup_steps = round(0.03 * max_train_steps) if args.lr_warmup_steps is None else args.lr_warmup_steps
+    position = (progress.step, progress.data_pass, progress.data_position)
+    plan = SamplePlan(index, mix, args.species_choice, progress.seed, global_batch, *position)
+    batches = MicroBatches(
+        plan, max_train_steps, args.train_batch_size, accelerator.process_index, accelerator.num_processes
+    )
+    look = (args.resolution, args.crop, args.random_flip, args.image_interpolation_mode)
+    dataset = ImageDataset(index, progress.seed, *look)
+    val_look = (args.resolution, "center", False, args.image_interpolation_mode)
+    return Run(
+        args=args,
+        accelerator=accelerator,
+        models=models,
+        trained=prepared_models,
+        parameters=parameters,
+        optimizer=optimizer,
+        peak_lrs=peak_lrs,
+        lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, max_train_steps),
+        batches=batches,
+        loader=make_loader(dataset, batches, args.dataloader_num_workers, accelerator.device.type == "cuda"),
+        val_dataset=ImageDataset(val_index, 0, *val_look) if val_index is not None else None,
+        weight_dtype=weight_dtype,
+        progress=progress,
+        max_train_steps=max_train_steps,
+        steps_per_epoch=steps_per_epoch,
+        stop=stop,
+    )
+
+
+def main(argv=None):
+    """Trains as the flags say; returns the last metrics."""
+    args = parse_args(argv)
+    stop = StopSignal()
+    accelerator = make_accelerator(args)
+    prepare_output_dir(accelerator, args)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+
+    checkpoint, found = find_checkpoint(args)
+    progress = start_progress(args, found)
+    run = make_run(args, accelerator, progress, stop)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info("resumed from %s", checkpoint)
+    if accelerator.is_main_process:
+        trim_metrics(Path(args.output_dir) / "metrics.jsonl", progress.step)
+        save_run(args, progress, run.batches.plan.index)
+    init_trackers(accelerator, args, progress)
+
+    metrics = train(run)
+
+    if accelerator.is_main_process:
+        save_lora({name: accelerator.unwrap_model(m) for name, m in run.trained.items()}, args.output_dir)
+        save_model_card(args, metrics, run.batches.plan.index)
+        if metrics["preempted"] and os.environ.get("PREEMPT_FILE"):
+            Path(os.environ["PREEMPT_FILE"]).touch()
+        if args.push_to_hub and not metrics["preempted"]:
+            push_to_hub(args)
+    accelerator.end_training()
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
