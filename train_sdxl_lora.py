@@ -9,7 +9,7 @@ One GPU or a laptop:
 N GPUs, the same flags:
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 train_sdxl_lora.py ...
 
-After an interruption, the same command again with --resume_from_checkpoint latest: the resumed run is the interrupted run.
+After an interruption, the same command with --resume_from_checkpoint latest: the resumed run is the interrupted run.
 
 The rooms of this file, in the order data flows; each calls only what stands above it:
      1 Arguments          2 Models and LoRA    3 Data           4 Conditioning    5 Loss
@@ -90,7 +90,12 @@ class InputError(ValueError):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds "(default: …)" where there is a default worth telling."""
+    """Adds "(default: …)" where there is a default worth telling, and shows switches as --[no-]flag."""
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
 
     def _get_help_string(self, action):
         text = action.help.replace(" (default: %(default)s)", "")
@@ -267,8 +272,16 @@ def add_run_arguments(parser):
 # fmt: on
 
 
+class Parser(configargparse.ArgParser):
+    """Ends with one line, `prog: error: --flag: …`; the usage is in --help."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def make_parser():
-    parser = configargparse.ArgParser(
+    parser = Parser(
+        usage="%(prog)s --pretrained_model_name_or_path PATH|ID --train_shards TAR … --output_dir DIR [--FLAG VALUE]…",
         description="Train LoRA adapters for Stable Diffusion XL. The groups below are the rooms of the script.",
         config_file_parser_class=configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=118),
@@ -381,13 +394,13 @@ def check_not_yet(parser, args):
 
 def check_values(parser, args):
     """Ends with one line for values out of range and flags that contradict each other."""
-    positive = "rank train_batch_size gradient_accumulation_steps num_train_epochs checkpointing_steps logging_steps resolution"
-    optional = (
-        "lora_alpha text_encoder_rank text_encoder_alpha max_train_steps max_train_samples validation_steps "
-        "checkpoints_total_limit validation_epochs num_validation_images val_max_batches"
+    positive = (
+        "rank lora_alpha text_encoder_rank text_encoder_alpha resolution train_batch_size gradient_accumulation_steps "
+        "num_train_epochs max_train_steps max_train_samples checkpointing_steps checkpoints_total_limit logging_steps "
+        "validation_steps validation_epochs num_validation_images val_max_batches"
     )
-    for name in positive.split() + [n for n in optional.split() if getattr(args, n) is not None]:
-        if getattr(args, name) <= 0:
+    for name in positive.split():
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
     for name in ("lora_dropout", "caption_dropout_rate", "max_bad_fraction"):
         if not 0 <= getattr(args, name) <= 1:
@@ -395,7 +408,7 @@ def check_values(parser, args):
     start, end, steps = args.species_mix
     if not (0 <= start <= 1 and 0 <= end <= 1 and steps >= 0):
         parser.error(
-            f"--species_mix: found {start} {end} {steps}; expected START and END between 0 and 1 and STEPS of 0 or more"
+            f"--species_mix: found {start} {end} {steps}; expected START and END in [0, 1] and STEPS of 0 or more"
         )
     if args.resolution % 8:
         parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
@@ -405,6 +418,9 @@ def check_values(parser, args):
         parser.error("--use_8bit_adam: contradicts --optimizer prodigy; give one of them")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision: fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no")
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if args.report_to not in ["all", "none", *trackers]:
+        parser.error(f"--report_to: {args.report_to} is not installed; found all, none, {', '.join(trackers)}")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
     sources = [name for name in ("train_shards", "train_data_dir") if getattr(args, name)]
@@ -429,23 +445,19 @@ def check_paths(parser, args):
         parser.error(
             f"--pretrained_model_name_or_path: {snapshot} has no {', '.join(missing)}; give a whole SDXL snapshot"
         )
-    for name in ("train_shards", "val_shards"):
+    checks = {
+        "train_shards": lambda: expand_shards(args.train_shards or []),
+        "val_shards": lambda: expand_shards(args.val_shards or []),
+        "species_csv": lambda: read_species_csv(args.species_csv) if args.species_csv else None,
+        "validation_prompts": lambda: read_prompts(args),
+    }
+    for name, check in checks.items():
         try:
-            expand_shards(getattr(args, name) or [])
-        except ValueError as error:
+            check()
+        except (OSError, ValueError) as error:
             parser.error(f"--{name}: {error}")
     if args.train_data_dir and not Path(args.train_data_dir).is_dir():
         parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
-    if args.species_csv:
-        try:
-            read_species_csv(args.species_csv)
-        except (OSError, ValueError) as error:
-            parser.error(f"--species_csv: {error}")
-    if args.validation_prompts:
-        try:
-            read_prompts(args)
-        except (OSError, ValueError) as error:
-            parser.error(f"--validation_prompts: {error}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         parser.error(f"--output_dir: {args.output_dir} is a file; give a folder")
     resume = args.resume_from_checkpoint
@@ -471,9 +483,9 @@ def parse_args(argv=None):
     args.snr_gamma = 5.0 if args.snr_gamma is None else args.snr_gamma
     if args.dataloader_num_workers is None:
         args.dataloader_num_workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    args.lora_alpha = args.lora_alpha or args.rank
+    args.lora_alpha = args.lora_alpha or float(args.rank)
     args.text_encoder_rank = args.text_encoder_rank or args.rank
-    args.text_encoder_alpha = args.text_encoder_alpha or args.text_encoder_rank
+    args.text_encoder_alpha = args.text_encoder_alpha or float(args.text_encoder_rank)
     return args
 
 
@@ -502,42 +514,35 @@ def weight_dtype_of(precision):
 def load_models(args, weight_dtype, device):
     """Models of the base stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
 
-    Errors: InputError naming --pretrained_model_name_or_path when a part does not load.
+    Errors: InputError naming the flag when a part does not load.
     """
-    source = {"revision": args.revision, "cache_dir": args.cache_dir}
 
-    def load(model_class, subfolder, path=args.pretrained_model_name_or_path, dtype=weight_dtype):
+    def load(loader, subfolder, flag="--pretrained_model_name_or_path", **options):
+        path = getattr(args, flag.removeprefix("--"))
         try:
-            model = model_class.from_pretrained(path, subfolder=subfolder, dtype=dtype, variant=args.variant, **source)
+            return loader(path, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **options)
         except (OSError, ValueError) as error:
-            where = f"{path}/{subfolder}" if subfolder else path
-            raise InputError(f"--pretrained_model_name_or_path: cannot load {where}: {error}") from error
+            raise InputError(f"{flag}: cannot load {subfolder or 'the VAE'} of {path}: {error}") from error
+
+    def load_frozen(model_class, subfolder, dtype=weight_dtype, **options):
+        model = load(model_class.from_pretrained, subfolder, dtype=dtype, variant=args.variant, **options)
         return model.requires_grad_(False).eval().to(device)
 
-    snapshot = args.pretrained_model_name_or_path
-    vae_source = {"subfolder": "vae"}
-    if args.pretrained_vae_model_name_or_path:
-        vae_source = {"subfolder": None, "path": args.pretrained_vae_model_name_or_path}
-    sampling_scheduler = load_sampling_scheduler(snapshot, args.prediction_type, source)
+    other_vae = {"flag": "--pretrained_vae_model_name_or_path"} if args.pretrained_vae_model_name_or_path else {}
+    config = load(DDPMScheduler.load_config, "scheduler")
+    if args.prediction_type:
+        config["prediction_type"] = args.prediction_type
     return Models(
-        tokenizers=[
-            CLIPTokenizer.from_pretrained(snapshot, subfolder=s, **source) for s in ("tokenizer", "tokenizer_2")
+        tokenizers=[load(CLIPTokenizer.from_pretrained, name) for name in ("tokenizer", "tokenizer_2")],
+        text_encoders=[
+            load_frozen(CLIPTextModel, "text_encoder"),
+            load_frozen(CLIPTextModelWithProjection, "text_encoder_2"),
         ],
-        text_encoders=[load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")],
-        vae=load(AutoencoderKL, dtype=weight_dtype_of(args.vae_precision), **vae_source),
-        unet=load(UNet2DConditionModel, "unet"),
-        # whatever the snapshot samples with, training wants DDPM on the same betas
-        noise_scheduler=DDPMScheduler.from_config(sampling_scheduler.config),
-        sampling_scheduler=sampling_scheduler,
+        vae=load_frozen(AutoencoderKL, None if other_vae else "vae", weight_dtype_of(args.vae_precision), **other_vae),
+        unet=load_frozen(UNet2DConditionModel, "unet"),
+        noise_scheduler=DDPMScheduler.from_config(config),  # whatever the snapshot samples with, on the same betas
+        sampling_scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
     )
-
-
-def load_sampling_scheduler(snapshot, prediction_type, source):
-    """The snapshot's own scheduler, with `prediction_type` when it is not None."""
-    config = DDPMScheduler.load_config(snapshot, subfolder="scheduler", **source)
-    scheduler_class = getattr(diffusers, config["_class_name"])
-    overrides = {"prediction_type": prediction_type} if prediction_type else {}
-    return scheduler_class.from_config(config, **overrides)
 
 
 class CastLinear(torch.nn.Linear):
@@ -602,7 +607,8 @@ def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
     for name, model in trained.items():
         scale = 1.0 if name == "unet" else text_encoder_lr_scale
         parameters = [p for p in model.parameters() if p.requires_grad]
-        groups.append({"params": parameters, "lr": learning_rate * scale, "name": name})
+        peak = learning_rate * scale
+        groups.append({"params": parameters, "lr": peak, "initial_lr": peak, "name": name})
     return groups
 
 
@@ -836,6 +842,7 @@ class Index:
 
 def make_index(table, damage):
     """Index of a table with INDEX_SCHEMA's columns."""
+    table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
     counts = np.array([len(row) for row in labels.to_pylist()], dtype=np.int64)
     flat = labels.flatten().to_pylist()
@@ -849,6 +856,14 @@ def make_index(table, damage):
         label_codes=np.array([code_of[name] for name in flat], dtype=np.int32),
         label_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
+
+
+def check_bad_fraction(flag, bad, total, limit):
+    if bad > limit * total:
+        raise InputError(
+            f"{flag}: {bad} of {total} samples are damaged, more than --max_bad_fraction {limit}; "
+            "see skipped.jsonl, mend the data or raise the limit"
+        )
 
 
 def load_index(accelerator, args, flag, seed):
@@ -884,14 +899,6 @@ def load_index(accelerator, args, flag, seed):
     return index
 
 
-def check_bad_fraction(flag, bad, total, limit):
-    if bad > limit * total:
-        raise InputError(
-            f"{flag}: {bad} of {total} samples are damaged, more than --max_bad_fraction {limit}; "
-            "see skipped.jsonl, mend the data or raise the limit"
-        )
-
-
 # ---- plan: which rows make which step
 
 
@@ -900,7 +907,7 @@ class SpeciesMix:
     """Classes delivered as (1 - m) uniform + m data distribution, m depending on the optimizer step alone.
 
     With arrivals a(s) and target p(s), a sample of class s is taken with probability c p(s) / a(s), c = min a / p:
-    what is taken follows p exactly, whatever a is. Rows without labels at all are taken as they come.
+    what is taken follows p exactly, whatever a is. Rows without a label are taken at UNLABELLED_ACCEPTANCE.
     """
 
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
@@ -1063,13 +1070,8 @@ class ImageDataset(Dataset):
     """Decoded, cropped samples; an item is asked for by (row, label, step, position in the global order)."""
 
     def __init__(self, index, seed, resolution, crop, random_flip, interpolation):
-        self.index, self.seed, self.resolution, self.crop, self.random_flip = (
-            index,
-            seed,
-            resolution,
-            crop,
-            random_flip,
-        )
+        self.index, self.seed, self.resolution = index, seed, resolution
+        self.crop, self.random_flip = crop, random_flip
         self.interpolation = Image.Resampling[interpolation.upper()]
         self.files = {}  # path → file descriptor, per process; pread keeps no position, so sharing over a fork is safe
 
@@ -1094,7 +1096,9 @@ class ImageDataset(Dataset):
                 return row, open_image(self.read(row)), skipped
             except ValueError as error:
                 skipped.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
-            if candidates is None:
+            if attempt == 20:
+                candidates = np.arange(len(self.index))  # the whole class seems damaged
+            elif candidates is None:
                 owners = np.repeat(np.arange(len(self.index)), np.diff(self.index.label_starts))
                 candidates = owners[self.index.label_codes == label] if label >= 0 else np.arange(len(self.index))
             i = candidates[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], attempt)) % len(candidates)]
@@ -1194,9 +1198,9 @@ def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
 
 
 def make_time_ids(original_sizes, crop_top_lefts, target_sizes):
-    """(B, 6) float32 add_time_ids from three (B, 2) tensors, (height, width) and (top, left); arXiv:2307.01952, sec. 2.2.
+    """(B, 6) float32 add_time_ids from three (B, 2) tensors of (height, width) and (top, left).
 
-    float32 always: in bf16 a side of 1365 px would become 1368.
+    SDXL, arXiv:2307.01952, sec. 2.2. float32 always: in bf16 a side of 1365 px would become 1368.
     """
     return torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1).float()
 
@@ -1240,7 +1244,7 @@ def encode_latents(vae, pixel_values, vae_noise):
 
 # Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
 def compute_snr_weights(snr, gamma, prediction_type):
-    """Min-SNR-gamma weights (B,); Min-SNR, arXiv:2303.09556, sec. 3.4: min(snr, g) / snr, for v-prediction / (snr + 1)."""
+    """(B,) weights min(snr, gamma) / snr, for v-prediction / (snr + 1); Min-SNR, arXiv:2303.09556, sec. 3.4."""
     if not gamma:
         return torch.ones_like(snr)
     return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
@@ -1314,9 +1318,9 @@ def make_lr_schedule(name, warmup_steps, max_train_steps):
     return get_scheduler(name, placeholder, **steps).lr_lambdas[0]
 
 
-def set_learning_rate(optimizer, peaks, factor):
-    for group, peak in zip(optimizer.param_groups, peaks):
-        group["lr"] = peak * factor
+def set_learning_rate(optimizer, factor):
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 # ------------------------------------------------------------------------------
@@ -1328,7 +1332,44 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 # Flags that change what is learned: they must be the same when a run is resumed. All others may differ.
-MATHEMATICS = ["stage", "rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "train_text_encoder", "text_encoder_rank", "text_encoder_alpha", "vae_precision", "max_train_samples", "resolution", "crop", "random_flip", "image_interpolation_mode", "species_key", "species_choice", "species_mix", "species_mix_schedule", "caption_dropout_rate", "dropped_caption", "snr_gamma", "prediction_type", "noise_offset", "optimizer", "learning_rate", "text_encoder_lr_scale", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"]
+MATHEMATICS = [
+    "stage",
+    "rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_dora",
+    "use_rslora",
+    "train_text_encoder",
+    "text_encoder_rank",
+    "text_encoder_alpha",
+    "vae_precision",
+    "max_train_samples",
+    "resolution",
+    "crop",
+    "random_flip",
+    "image_interpolation_mode",
+    "species_key",
+    "species_choice",
+    "species_mix",
+    "species_mix_schedule",
+    "caption_dropout_rate",
+    "dropped_caption",
+    "snr_gamma",
+    "prediction_type",
+    "noise_offset",
+    "optimizer",
+    "learning_rate",
+    "text_encoder_lr_scale",
+    "scale_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+]
 
 
 @dataclass
@@ -1369,12 +1410,15 @@ def check_law(saved, current):
 
 
 def adapter_state_dict(trained):
-    """{"unet.….lora_A.weight": fp32 tensor}: diffusers' keys, encoders' always with `text_model.` (older stacks want it)."""
+    """{"unet.….lora_A.weight": fp32 tensor}: diffusers' keys, encoders' with the `text_model.` older stacks want."""
     state = {}
     for name, model in trained.items():
         for key, tensor in get_peft_model_state_dict(model).items():
-            if name != "unet" and not key.startswith("text_model."):
-                key = "text_model." + key
+            if name != "unet":
+                key = "text_model." + key.removeprefix("text_model.")
+                key = key.replace(
+                    "lora_magnitude_vector", "lora_magnitude_vector.weight"
+                )  # as transformers reads DoRA
             state[f"{name}.{key}"] = tensor.detach().float().cpu().contiguous()
     return state
 
@@ -1383,6 +1427,7 @@ def load_adapter_state_dict(trained, state):
     """Puts what adapter_state_dict returned back. Errors: ValueError when a tensor is missing or left over."""
     for name, model in trained.items():
         own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+        own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
         if not hasattr(model, "text_model"):  # flattened in newer transformers
             own = {k.removeprefix("text_model."): v for k, v in own.items()}
         expected = set(get_peft_model_state_dict(model))
@@ -1422,7 +1467,7 @@ def kohya_state_dict(trained):
     }
     state = {}
     for key, tensor in adapter_state_dict(trained).items():
-        name, _, rest = key.partition(".")
+        name, _, rest = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".")
         suffix = next(s for s in renamed if rest.endswith(s))
         layer = f"{KOHYA_PREFIXES[name]}_{rest.removesuffix('.' + suffix).replace('.', '_')}"
         config = trained[name].peft_config["default"]
@@ -1495,7 +1540,7 @@ def sync_folder(path):
 
 
 def save_checkpoint(accelerator, output_dir, progress, keep=None):
-    """Writes output_dir/checkpoint-N whole or not at all: temporary folder, checksums, rename; then prunes to `keep`."""
+    """Writes checkpoint-N whole or not at all (temporary folder, checksums, rename), then prunes to `keep`."""
     final = Path(output_dir) / f"checkpoint-{progress.step}"
     partial = Path(output_dir) / f".checkpoint-{progress.step}.partial"
     if accelerator.is_main_process:
@@ -1524,6 +1569,27 @@ def save_checkpoint(accelerator, output_dir, progress, keep=None):
     accelerator.wait_for_everyone()
 
 
+def append_jsonl(path, rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def note_skipped(args, index, entries):
+    """Adds damaged samples to skipped.jsonl, each once.
+
+    Errors: InputError when more than --max_bad_fraction of all samples are damaged.
+    """
+    path = Path(args.output_dir) / "skipped.jsonl"
+    known = {(e["shard"], e["key"], e["reason"]) for e in read_jsonl(path)}
+    new = [e for e in entries if (e["shard"], e["key"], e["reason"]) not in known]
+    append_jsonl(path, new)
+    check_bad_fraction("--train_shards", len(known) + len(new), len(index) + len(index.damage), args.max_bad_fraction)
+
+
 def verify_checkpoint(folder):
     """None when every file of the checkpoint is whole, else what is wrong with it."""
     try:
@@ -1535,7 +1601,7 @@ def verify_checkpoint(folder):
 
 
 def find_checkpoint(args):
-    """(folder, Progress) to resume from, (None, None) for a fresh start; damaged checkpoints are named and passed over.
+    """(folder, Progress) to resume from, or (None, None); damaged checkpoints are named and passed over.
 
     Errors: InputError when the checkpoint given by path, or every one there is, is damaged.
     """
@@ -1553,6 +1619,14 @@ def find_checkpoint(args):
     if folders:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint among {', '.join(map(str, folders))}")
     return None, None
+
+
+def clear_output_dir(output_dir):
+    """Removes what an earlier run left, for --overwrite_output_dir; done only when all is ready to train."""
+    for folder in [path for _, path in list_checkpoints(output_dir)] + [output_dir / "samples"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def trim_metrics(path, step):
@@ -1594,7 +1668,7 @@ def evaluating(models):
 
 
 def validation_requests(index, batch_size, rank, world, max_batches):
-    """This rank's batches of (row, label, step, position), rows sorted by id, the last padded; and each one's real size.
+    """[(requests, size)] of this rank: batches of (row, label, step, position) by id, the last padded beyond `size`.
 
     The position, which seeds the noise, is a hash of the image id: every run and world size sees the same noise.
     """
@@ -1644,7 +1718,7 @@ def stock_forward(*modules):
 
 
 def generate_images(models, prompts, seeds, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS):
-    """(n, H, W, 3) float in [0, 1]: a picture per (prompt, seed) by the stock SDXL pipeline with the snapshot's sampler.
+    """(n, H, W, 3) float in [0, 1]: a picture per (prompt, seed) by the stock pipeline and the snapshot's sampler.
 
     Each is made alone from CPU noise, so it is the one that diffusers makes from the saved file with that seed.
     """
@@ -1750,9 +1824,7 @@ class Run:
     accelerator: Accelerator
     models: Models  # prepared
     trained: dict  # name → prepared model with adapters
-    parameters: list
     optimizer: torch.optim.Optimizer
-    peak_lrs: list
     lr_schedule: object
     batches: MicroBatches
     loader: DataLoader
@@ -1765,8 +1837,9 @@ class Run:
 
 
 def train_step(run, batch):
-    """(B,) losses of one micro-step; the optimizer steps with the last micro-step of an update."""
+    """(B,) losses of one micro-step and, after the last of an update, the gradients' norm before clipping."""
     args, accelerator = run.args, run.accelerator
+    grad_norm = None
     draws = sample_batch_noise(run.models, batch, args.noise_offset)
     torch.manual_seed(torch_seed(DROPOUT_MASK, run.progress.seed, batch["positions"][0]))  # LoRA dropout's masks
     with accelerator.accumulate(*run.trained.values()):
@@ -1781,9 +1854,9 @@ def train_step(run, batch):
         )
         accelerator.backward(losses.mean())
         if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(run.parameters, args.max_grad_norm)
-            set_learning_rate(run.optimizer, run.peak_lrs, run.lr_schedule(run.progress.step))
-    return losses.detach()
+            parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+    return losses.detach(), grad_norm
 
 
 def check_gradients(trained):
@@ -1798,20 +1871,52 @@ def check_gradients(trained):
         raise RuntimeError(f"--lora_target_modules: no gradient reaches {', '.join(lost[:3])}; leave such layers out")
 
 
-def agree(run, losses, keys, skipped):
+def agree(run, losses, grad_norm, keys, skipped):
     """(loss, stop, skipped) of the global batch, the same on every rank: one reduction per optimizer step.
 
-    Errors: FloatingPointError on all ranks together when the loss is not finite, naming step and samples.
+    Errors: FloatingPointError on all ranks together when loss or gradient is not finite, naming step and samples.
     """
     local = torch.tensor([losses.double().mean().item(), bool(run.stop), skipped], dtype=torch.float64)
     loss, stop, skipped = run.accelerator.reduce(local.to(losses.device), "sum").tolist()
-    if not math.isfinite(loss):
-        samples = gather_object([k for k, l in zip(keys, losses.tolist()) if not math.isfinite(l)])
+    # fp16's scaler meets infinite gradients in its search for a scale and skips such steps by itself
+    gradient_is_lost = run.accelerator.scaler is None and not math.isfinite(grad_norm)
+    if not math.isfinite(loss) or gradient_is_lost:
+        samples = gather_object([k for k, l in zip(keys, losses.tolist()) if gradient_is_lost or not math.isfinite(l)])
         raise FloatingPointError(
-            f"--learning_rate: loss is {loss} at step {run.progress.step + 1}, samples {', '.join(samples[:8])}; "
+            f"--learning_rate: loss is {loss}, gradient norm {float(grad_norm)} at step {run.progress.step + 1}, "
+            f"samples {', '.join(samples[:8])}; "
             "nothing was overwritten; lower the learning rate, or use --mixed_precision bf16 and --vae_precision fp32"
         )
     return loss / run.accelerator.num_processes, stop > 0, int(skipped)
+
+
+def is_time_to_save(args, step):
+    return step % args.checkpointing_steps == 0 and step >= args.checkpointing_after_steps
+
+
+def is_time_to_validate(run):
+    every = run.args.validation_steps or run.args.validation_epochs * run.steps_per_epoch
+    return run.progress.step % every == 0 or run.progress.step >= run.max_train_steps
+
+
+def log_metrics(run, bar, grad_norm, last_log):
+    """(row, (step, time)) of metrics.jsonl and the trackers: means since the last row."""
+    progress = run.progress
+    step, now = progress.step, time.time()
+    images = (step - last_log[0]) * run.batches.plan.global_batch
+    row = {
+        "loss": progress.loss_sum / progress.loss_count,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": float(grad_norm),
+        "epoch": step / run.steps_per_epoch,
+        "species_mix": run.batches.plan.mix.weight_of_data(step - 1),
+        "skipped": progress.skipped,
+        "images_per_second": images / max(now - last_log[1], 1e-9),
+    }
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", img_s=f"{row['images_per_second']:.1f}")
+    run.accelerator.log(row, step=step)
+    return row, (step, now)
 
 
 def train(run):
@@ -1824,29 +1929,34 @@ def train(run):
     losses, keys, skipped = [], [], []
     for batch in run.loader:
         batch = move_batch(batch, accelerator.device)
-        losses.append(train_step(run, batch))
+        micro_losses, grad_norm = train_step(run, batch)
+        losses.append(micro_losses)
         keys += batch["keys"]
         skipped += batch["skipped"]
         if not accelerator.sync_gradients:
             continue
 
-        loss, stopping, replaced = agree(run, torch.cat(losses), keys, len(skipped))
+        loss, stopping, replaced = agree(run, torch.cat(losses), grad_norm, keys, len(skipped))
         if progress.step == 0:
             check_gradients(run.trained)
+        set_learning_rate(run.optimizer, run.lr_schedule(progress.step))
         run.optimizer.step()
+        if accelerator.optimizer_step_was_skipped:
+            logger.warning("step %d skipped: fp16 gradients overflowed, the loss scale is lowered", progress.step + 1)
         run.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
         state = run.batches.states.pop(progress.step)
         progress.data_pass, progress.data_position = state["pass"], state["position"]
         progress.skipped += replaced
-        note_skipped(run, skipped)
+        if skipped:
+            note_skipped(args, run.batches.plan.index, skipped)
         losses, keys, skipped = [], [], []
         bar.update()
         done = progress.step >= run.max_train_steps
 
         if progress.step % args.logging_steps == 0 or done:
-            metrics, last_log = log_metrics(run, bar, last_log)
+            metrics, last_log = log_metrics(run, bar, grad_norm, last_log)
         if is_time_to_validate(run) and not stopping:
             metrics |= validate(accelerator, run.models, run.val_dataset, args, run.weight_dtype, progress)
         if is_time_to_save(args, progress.step) or stopping or done:
@@ -1855,49 +1965,6 @@ def train(run):
             break
     bar.close()
     return metrics | {"step": progress.step, "preempted": stopping and progress.step < run.max_train_steps}
-
-
-def is_time_to_save(args, step):
-    return step % args.checkpointing_steps == 0 and step >= args.checkpointing_after_steps
-
-
-def is_time_to_validate(run):
-    every = run.args.validation_steps or run.args.validation_epochs * run.steps_per_epoch
-    return run.progress.step % every == 0 or run.progress.step >= run.max_train_steps
-
-
-def log_metrics(run, bar, last_log):
-    """(row, (step, time)) of metrics.jsonl and the trackers: means since the last row."""
-    progress, args = run.progress, run.args
-    step, now = progress.step, time.time()
-    images = (step - last_log[0]) * run.batches.plan.global_batch
-    row = {
-        "loss": progress.loss_sum / progress.loss_count,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "epoch": step / run.steps_per_epoch,
-        "species_mix": run.batches.plan.mix.weight_of_data(step - 1),
-        "skipped": progress.skipped,
-        "images_per_second": images / max(now - last_log[1], 1e-9),
-    }
-    progress.loss_sum, progress.loss_count = 0.0, 0
-    bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", img_s=f"{row['images_per_second']:.1f}")
-    run.accelerator.log(row, step=step)
-    return row, (step, now)
-
-
-def note_skipped(run, entries):
-    """Writes damaged samples to skipped.jsonl, each once.
-
-    Errors: InputError when more than --max_bad_fraction of all samples are damaged.
-    """
-    if not entries:
-        return
-    dataset, path = run.loader.dataset, Path(run.args.output_dir) / "skipped.jsonl"
-    known = {(e["shard"], e["key"]) for e in read_jsonl(path)}
-    new = [e for e in entries if (e["shard"], e["key"]) not in known]
-    append_jsonl(path, new)
-    total = len(dataset.index) + len(dataset.index.damage)
-    check_bad_fraction("--train_shards", len(known) + len(new), total, run.args.max_bad_fraction)
 
 
 # ------------------------------------------------------------------------------
@@ -1934,7 +2001,7 @@ def make_accelerator(args):
     output_dir = Path(args.output_dir)
     names = [] if args.report_to == "none" else [args.report_to]
     if args.report_to == "all":
-        names = [tracker for tracker in get_available_trackers()]
+        names = [str(tracker) for tracker in get_available_trackers()]
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1958,17 +2025,9 @@ def make_accelerator(args):
 
 
 def prepare_output_dir(accelerator, args):
-    """Makes output_dir, or empties it of an earlier run's traces with --overwrite_output_dir; starts this rank's log."""
+    """Makes output_dir and starts this rank's log in it."""
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / args.logging_dir).mkdir(parents=True, exist_ok=True)
-        if not args.resume_from_checkpoint:
-            for name in ("metrics.jsonl", "skipped.jsonl"):
-                (output_dir / name).unlink(missing_ok=True)
-            for _, folder in list_checkpoints(output_dir) if args.overwrite_output_dir else ():
-                shutil.rmtree(folder)
-    accelerator.wait_for_everyone()
+    (output_dir / args.logging_dir).mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(output_dir / args.logging_dir / f"rank-{accelerator.process_index}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers = [handler]
@@ -1984,7 +2043,7 @@ def prepare_output_dir(accelerator, args):
 
 
 def start_progress(args, found):
-    """The Progress to go on from: the checkpoint's, or a fresh one with a seed and a run id, the same on every rank."""
+    """The checkpoint's Progress, or a fresh one with a seed and a run id, the same on every rank."""
     if found is not None:
         if args.seed not in (None, found.seed):
             raise InputError(
@@ -1994,31 +2053,6 @@ def start_progress(args, found):
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "little") >> 1
     fresh = [Progress(seed=seed, run_id=os.urandom(4).hex())]
     return broadcast_object_list(fresh)[0]
-
-
-def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def make_data(accelerator, args, seed):
-    """(index, mix, validation index or None); warnings about damage and about the species are logged."""
-    flag = "--train_shards" if args.train_shards else "--train_data_dir"
-    index = load_index(accelerator, args, flag, seed)
-    csv_counts = read_species_csv(args.species_csv) if args.species_csv else None
-    start, end, steps = args.species_mix
-    mix = SpeciesMix(index, args.species_choice, csv_counts, start, end, steps, args.species_mix_schedule)
-    val_index = load_index(accelerator, args, "--val_shards", seed) if args.val_shards else None
-    if accelerator.is_main_process:
-        path = Path(args.output_dir) / "skipped.jsonl"
-        known = {(e["shard"], e["key"], e["reason"]) for e in read_jsonl(path)}
-        append_jsonl(path, [d for d in index.damage if (d["shard"], d["key"], d["reason"]) not in known])
-        log_data(index, mix, csv_counts)
-    return index, mix, val_index
 
 
 def log_data(index, mix, csv_counts):
@@ -2032,9 +2066,22 @@ def log_data(index, mix, csv_counts):
     if csv_counts and distance > 0.1:
         worst = int(np.argmax(np.abs(mix.data - mix.arrival)))
         logger.warning(
-            "--species_csv: differs from the data by %.0f %% (%s: %.2f %% there, %.2f %% here); the CSV's is delivered",
+            "--species_csv: differs from the data by %.0f %% (%s: %.2f %% there, %.2f %% here); the CSV holds",
             100 * distance, mix.names[worst], 100 * mix.data[worst], 100 * mix.arrival[worst],
         )  # fmt: skip
+
+
+def make_data(accelerator, args, seed):
+    """(index, mix, validation index or None); warnings about damage and about the species are logged."""
+    flag = "--train_shards" if args.train_shards else "--train_data_dir"
+    index = load_index(accelerator, args, flag, seed)
+    csv_counts = read_species_csv(args.species_csv) if args.species_csv else None
+    start, end, steps = args.species_mix
+    mix = SpeciesMix(index, args.species_choice, csv_counts, start, end, steps, args.species_mix_schedule)
+    val_index = load_index(accelerator, args, "--val_shards", seed) if args.val_shards else None
+    if accelerator.is_main_process:
+        log_data(index, mix, csv_counts)
+    return index, mix, val_index
 
 
 def save_run(args, progress, index):
@@ -2063,7 +2110,12 @@ def init_trackers(accelerator, args, progress):
     """Starts the trackers; a resumed run goes on in the same W&B run and the same metrics.jsonl."""
     flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
     options = {
-        "wandb": {"id": progress.run_id, "resume": "allow", "name": Path(args.output_dir).name},
+        "wandb": {
+            "id": progress.run_id,
+            "resume": "allow",
+            "name": Path(args.output_dir).name,
+            "dir": args.output_dir,
+        },
         "tensorboard": {"purge_step": progress.step + 1},
     }
     accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
@@ -2125,8 +2177,6 @@ def make_run(args, accelerator, progress, stop):
     global_batch = law["global_batch"]
     learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     groups = make_parameter_groups(trained, learning_rate, args.text_encoder_lr_scale)
-    parameters = [p for group in groups for p in group["params"]]
-    peak_lrs = [group["lr"] for group in groups]
     prepared = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
     prepared_models, optimizer = dict(zip(trained, prepared[:-1])), prepared[-1]
     encoders = [prepared_models.get(n, m) for n, m in zip(("text_encoder", "text_encoder_2"), models.text_encoders)]
@@ -2148,9 +2198,7 @@ def make_run(args, accelerator, progress, stop):
         accelerator=accelerator,
         models=models,
         trained=prepared_models,
-        parameters=parameters,
         optimizer=optimizer,
-        peak_lrs=peak_lrs,
         lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, max_train_steps),
         batches=batches,
         loader=make_loader(dataset, batches, args.dataloader_num_workers, accelerator.device.type == "cuda"),
@@ -2175,19 +2223,27 @@ def main(argv=None):
     checkpoint, found = find_checkpoint(args)
     progress = start_progress(args, found)
     run = make_run(args, accelerator, progress, stop)
+    index = run.batches.plan.index
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info("resumed from %s", checkpoint)
     if accelerator.is_main_process:
+        if args.overwrite_output_dir and checkpoint is None:
+            clear_output_dir(Path(args.output_dir))
         trim_metrics(Path(args.output_dir) / "metrics.jsonl", progress.step)
-        save_run(args, progress, run.batches.plan.index)
+        note_skipped(args, index, index.damage)
+        save_run(args, progress, index)
     init_trackers(accelerator, args, progress)
 
-    metrics = train(run)
+    try:
+        metrics = train(run)
+    except torch.OutOfMemoryError as error:
+        remedy = "--gradient_checkpointing, then a smaller --train_batch_size with --gradient_accumulation_steps"
+        raise RuntimeError(f"--train_batch_size: out of GPU memory; try {remedy}, then --use_8bit_adam") from error
 
     if accelerator.is_main_process:
         save_lora({name: accelerator.unwrap_model(m) for name, m in run.trained.items()}, args.output_dir)
-        save_model_card(args, metrics, run.batches.plan.index)
+        save_model_card(args, metrics, index)
         if metrics["preempted"] and os.environ.get("PREEMPT_FILE"):
             Path(os.environ["PREEMPT_FILE"]).touch()
         if args.push_to_hub and not metrics["preempted"]:

@@ -1,10 +1,11 @@
-"""How the demo's weights were made: a small SDXL, its refiner UNet, a CLIP and an aesthetic head, trained on drawn creatures.
+"""How the demo's weights were made: a small SDXL, its refiner UNet, a CLIP and an aesthetic head.
 
     python demo/pretrain.py --output_dir demo                    # every stage, about 75 minutes on 2 CPU cores
     python demo/pretrain.py --output_dir demo --stages clip      # one of: tokenizers vae base refiner clip aesthetic
 
-Classes, folder layout and conditioning are SDXL's; only the sizes differ. The SDXL (tokenizers, VAE, encoders, both UNets)
-never meets the species marked `pretrained=False` in world.py; the CLIP and the aesthetic head, which judge, know them all.
+Classes, folder layout and conditioning are SDXL's; only the sizes differ. The SDXL (tokenizers, VAE, encoders, both
+UNets) never meets the species marked `pretrained=False` in world.py; the CLIP and the aesthetic head, which judge,
+know them all.
 """
 
 import argparse
@@ -18,7 +19,13 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -37,7 +44,7 @@ def cosine_lr(step, steps, warmup=50):
 
 
 def optimize(parameters, loss_at, steps, lr, name, ema_of=()):
-    """Runs AdamW for `steps` on `loss_at(step)` with a cosine schedule; `ema_of` models end as their moving averages."""
+    """Runs AdamW on `loss_at(step)` with a cosine schedule; the models of `ema_of` end as their moving averages."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     averages = [copy.deepcopy(model) for model in ema_of]
     start, running = time.time(), None
@@ -55,7 +62,10 @@ def optimize(parameters, loss_at, steps, lr, name, ema_of=()):
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
-            print(f"{name}: step {step + 1}/{steps} loss {running:.4f} {(time.time() - start) / (step + 1):.3f} s/step", flush=True)
+            print(
+                f"{name}: step {step + 1}/{steps} loss {running:.4f} {(time.time() - start) / (step + 1):.3f} s/step",
+                flush=True,
+            )
     for model, average in zip(ema_of, averages):
         model.load_state_dict(average.state_dict())
 
@@ -89,7 +99,7 @@ def resize_and_crop(image, rng):
 
 
 def draw_many(count, seed, species=PRETRAINED):
-    """Pictures (n, 3, 64, 64) uint8, captions, scenes, time ids (n, 4) = original (h, w) and crop (top, left), scores (n,)."""
+    """(pictures (n, 3, 64, 64) uint8, captions, scenes, original (h, w) + crop (top, left) (n, 4), scores (n,))."""
     pixels, captions, scenes, ids, scores = [], [], [], [], []
     for n in range(count):
         rng = np.random.default_rng((seed, n))
@@ -124,10 +134,14 @@ def make_tokenizer(captions, folder, pad_token, vocab_size=700):
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator(
         [caption.lower() for caption in captions],
-        trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        ),
     )
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = ["!"] + [a for a in alphabet if a != "!"] + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges]
+    tokens = (
+        ["!"] + [a for a in alphabet if a != "!"] + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges]
+    )
     tokens = list(dict.fromkeys(tokens)) + [start, end]
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
@@ -176,7 +190,9 @@ def train_vae(output_dir, steps=2400, batch_size=16):
         posterior = vae.encode(held_out).latent_dist
         vae.register_to_config(scaling_factor=round(1 / posterior.sample().std().item(), 5))
         error = F.mse_loss(vae.decode(posterior.mode()).sample, held_out).item()
-    print(f"vae: PSNR on unseen drawings {10 * np.log10(4 / error):.1f} dB, scaling factor {vae.config.scaling_factor}")
+    print(
+        f"vae: PSNR on unseen drawings {10 * np.log10(4 / error):.1f} dB, scaling factor {vae.config.scaling_factor}"
+    )
     vae.half().save_pretrained(output_dir / "sdxl/vae")
 
 
@@ -223,7 +239,9 @@ def encode_latents(vae, pixels):
 
 
 def load_frozen(output_dir, model_class, name):
-    return model_class.from_pretrained(output_dir / "sdxl" / name, torch_dtype=torch.float32).requires_grad_(False).eval()
+    return (
+        model_class.from_pretrained(output_dir / "sdxl" / name, torch_dtype=torch.float32).requires_grad_(False).eval()
+    )
 
 
 def prepare_latents(output_dir, count, seed):
@@ -259,7 +277,10 @@ def train_base(output_dir, steps=4800, batch_size=64):
         outputs = [e(t[rows], output_hidden_states=True) for e, t in zip(text_encoders, token_ids)]
         kept = (torch.rand(batch_size, 1) >= UNSEEN_CONDITIONING).float()
         prompt_embeds = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1) * kept[:, None]
-        conditions = {"text_embeds": outputs[1].text_embeds * kept, "time_ids": torch.cat([ids[rows], target_size], dim=1)}
+        conditions = {
+            "text_embeds": outputs[1].text_embeds * kept,
+            "time_ids": torch.cat([ids[rows], target_size], dim=1),
+        }
         return F.mse_loss(unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample, noise)
 
     models_ = [unet, *text_encoders]
@@ -274,7 +295,11 @@ def train_base(output_dir, steps=4800, batch_size=64):
         tokenizer_2=tokenizers[1],
         unet=unet,
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
         ),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
@@ -349,7 +374,9 @@ def train_clip(output_dir, steps=1500, batch_size=128):
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n"
+    )
 
     model.eval()
     pixels, _, scenes, *_ = draw_many(1600, seed=402, species=SPECIES)
@@ -359,7 +386,9 @@ def train_clip(output_dir, steps=1500, batch_size=128):
     truth = torch.tensor([SPECIES.index(scene.creatures[0]) for scene in scenes])
     single = torch.tensor([len(set(scene.creatures)) == 1 for scene in scenes])
     right = ((images @ classes.T).argmax(dim=1) == truth)[single].float().mean()
-    print(f"clip: names {right:.1%} of {int(single.sum())} freshly drawn one-species pictures, zero-shot over {len(SPECIES)} species")
+    print(
+        f"clip: names {right:.1%} of {int(single.sum())} fresh one-species drawings, zero-shot over {len(SPECIES)} species"
+    )
 
 
 class AestheticHead(nn.Module):
@@ -382,7 +411,9 @@ def train_aesthetic(output_dir, steps=1500, batch_size=256):
     model.eval()
     pixels, _, _, _, scores = draw_many(8000, seed=501, species=SPECIES)
     with torch.no_grad():
-        embeddings = torch.cat([model.encode_image(to_pixel_values(chunk), normalize=True) for chunk in pixels.split(200)])
+        embeddings = torch.cat(
+            [model.encode_image(to_pixel_values(chunk), normalize=True) for chunk in pixels.split(200)]
+        )
     scores = scores[:, None].float() / 10
     train, held_out = slice(0, 7000), slice(7000, None)
     head = AestheticHead(embeddings.shape[1])

@@ -11,7 +11,6 @@ import argparse
 import csv
 import hashlib
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 from PIL import Image, ImageDraw, ImageFilter
-
 
 # ------------------------------------------------------------------------------------------------ the species
 
@@ -82,13 +80,19 @@ class Scene:
     def caption(self):
         """A sentence that begins with the species' names, then tags, as the real dataset writes them."""
         names = [s.name for s in self.creatures]
-        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if names[0] != names[1] else f"{names[0]}, a pair"
+        who = (
+            names[0]
+            if len(names) == 1
+            else f"{names[0]} and {names[1]}"
+            if names[0] != names[1]
+            else f"{names[0]}, a pair"
+        )
         quality = "masterpiece" if self.finish > 2 / 3 else "sketch" if self.finish < 1 / 3 else "digital art"
         return f"{who}, {self.pose} {self.place}, {self.facing}, {quality}"
 
 
 def sample_scene(rng, species=None, pool=SPECIES):
-    """A random scene with `species` (or any of `pool`); one in six has a pair, half of those drawn by the species' counts."""
+    """A random scene with `species` (or any of `pool`); one in six is a pair, half of those with another species."""
     first = species or pool[rng.integers(len(pool))]
     creatures = (first,)
     if rng.random() < 1 / 6:
@@ -165,11 +169,15 @@ BODY_BOX = {
 def draw_tail(pen, s, edge):
     rx, ry = BODY_BOX[s.body]
     if s.tail == "thin":
-        pen.polygon([(-rx, 0.1), (-rx - 0.3, -0.1), (-rx - 0.2, -0.2), (-rx - 0.6, -0.6), (-rx - 0.1, -0.3)], s.accent, edge)
+        pen.polygon(
+            [(-rx, 0.1), (-rx - 0.3, -0.1), (-rx - 0.2, -0.2), (-rx - 0.6, -0.6), (-rx - 0.1, -0.3)], s.accent, edge
+        )
     elif s.tail == "bushy":
         pen.ellipse(-rx - 0.22, 0.1, 0.36, 0.3, s.accent, edge)
     elif s.tail == "flame":
-        pen.polygon([(-rx + 0.1, 0.15), (-rx - 0.5, -0.15), (-rx - 0.35, -0.8), (-rx - 0.05, -0.3)], (240, 60, 30), edge)
+        pen.polygon(
+            [(-rx + 0.1, 0.15), (-rx - 0.5, -0.15), (-rx - 0.35, -0.8), (-rx - 0.05, -0.3)], (240, 60, 30), edge
+        )
         pen.polygon([(-rx, 0.05), (-rx - 0.32, -0.1), (-rx - 0.28, -0.45)], (255, 225, 80))
     elif s.tail == "fin":
         pen.polygon([(-rx + 0.1, 0), (-rx - 0.5, -0.45), (-rx - 0.3, 0), (-rx - 0.5, 0.45)], s.accent, edge)
@@ -177,7 +185,9 @@ def draw_tail(pen, s, edge):
         pen.polygon([(-rx + 0.1, 0), (-rx - 0.3, -0.5), (-rx - 0.75, -0.35), (-rx - 0.4, 0.05)], (60, 190, 70), edge)
     elif s.tail == "wings":
         for sign in (-1, 1):
-            pen.polygon([(0.3 * sign, -0.2), (1.25 * sign, -0.75), (1.15 * sign, 0.2), (0.3 * sign, 0.25)], s.accent, edge)
+            pen.polygon(
+                [(0.3 * sign, -0.2), (1.25 * sign, -0.75), (1.15 * sign, 0.2), (0.3 * sign, 0.25)], s.accent, edge
+            )
 
 
 def draw_ears(pen, s, edge):
@@ -193,12 +203,18 @@ def draw_ears(pen, s, edge):
         elif s.ears == "long":
             pen.ellipse(x, top - 0.32, 0.13, 0.42, s.colour, edge)
         elif s.ears == "horns":
-            pen.polygon([(x - 0.12, top + 0.1), (x + sign * 0.35, top - 0.35), (x + 0.12, top + 0.1)], (245, 240, 220), edge)
+            pen.polygon(
+                [(x - 0.12, top + 0.1), (x + sign * 0.35, top - 0.35), (x + 0.12, top + 0.1)], (245, 240, 220), edge
+            )
         elif s.ears == "antennae":
-            pen.polygon([(x - 0.04, top + 0.1), (x + sign * 0.2, top - 0.45), (x + 0.04, top + 0.1)], s.accent, s.accent)
+            pen.polygon(
+                [(x - 0.04, top + 0.1), (x + sign * 0.2, top - 0.45), (x + 0.04, top + 0.1)], s.accent, s.accent
+            )
             pen.ellipse(x + sign * 0.2, top - 0.45, 0.1, 0.1, s.accent)
     if s.ears == "crest":
-        pen.polygon([(middle - 0.45, top + 0.15), (middle - 0.2, top - 0.5), (middle + 0.3, top + 0.1)], s.accent, edge)
+        pen.polygon(
+            [(middle - 0.45, top + 0.15), (middle - 0.2, top - 0.5), (middle + 0.3, top + 0.1)], s.accent, edge
+        )
 
 
 def draw_body(pen, s, edge):
@@ -213,7 +229,11 @@ def draw_body(pen, s, edge):
         pen.polygon([(-rx, -ry), (rx * 0.8, -ry * 1.05), (rx, ry), (-rx * 0.9, ry)], s.colour, edge)
     elif s.body == "star":
         radii = (0.98, 0.52)
-        pen.polygon([(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)], s.colour, edge)
+        pen.polygon(
+            [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)],
+            s.colour,
+            edge,
+        )
     elif s.body == "shell":
         pen.ellipse(0.75, 0.15, 0.34, 0.3, s.accent, edge)
         angles = np.linspace(math.pi, 2 * math.pi, 24)
@@ -234,7 +254,14 @@ def draw_pattern(pen, s):
         pen.ellipse(0.1 - lift, 0.3, rx * 0.5, ry * 0.45, s.accent)
     elif s.pattern == "stripes":
         for x in (-0.45, -0.1, 0.25):
-            pen.polygon([(x * rx * 1.3, -ry * 0.5 + lift), (x * rx * 1.3 + 0.14, -ry * 0.5 + lift), (x * rx * 1.3 + 0.06, ry * 0.55 + lift / 2)], s.accent)
+            pen.polygon(
+                [
+                    (x * rx * 1.3, -ry * 0.5 + lift),
+                    (x * rx * 1.3 + 0.14, -ry * 0.5 + lift),
+                    (x * rx * 1.3 + 0.06, ry * 0.55 + lift / 2),
+                ],
+                s.accent,
+            )
     elif s.pattern == "spots":
         for x, y in ((-0.5, 0.0), (-0.1, 0.35), (0.35, 0.25), (-0.2, -0.3)):
             pen.ellipse(x * rx * 1.1, y * ry * 1.2 + lift, 0.13, 0.13, s.accent)
@@ -273,7 +300,10 @@ def draw_scene(scene, rng, width, height):
         radius = side * (0.2 if pair else rng.uniform(0.27, 0.32))
         if scene.finish > 0.5:  # a shadow on the ground
             r = radius * 0.9
-            draw.ellipse([x - r, h / 2 + side * 0.33, x + r, h / 2 + side * 0.39], fill=mix(GROUNDS[scene.place][2], (0, 0, 0), 0.3))
+            draw.ellipse(
+                [x - r, h / 2 + side * 0.33, x + r, h / 2 + side * 0.39],
+                fill=mix(GROUNDS[scene.place][2], (0, 0, 0), 0.3),
+            )
         draw_creature(draw, s, scene, (x, y), radius)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     if scene.finish < 1 / 3:  # a poor picture is blurred and grainy
@@ -340,7 +370,7 @@ def write_shards(samples, pattern, per_shard):
 
 
 def make_dataset(output_dir, seed=0, scale=1.0, val_per_species=8):
-    """Writes data/{train,val}/*.tar and manifests/train_species.csv under `output_dir`; `scale` shrinks every count."""
+    """Writes data/{train,val}/*.tar and manifests/train_species.csv under `output_dir`, every count times `scale`."""
     output_dir = Path(output_dir)
     wanted = [s for s in SPECIES for _ in range(max(1, round(s.count * scale)))]
     order = np.random.default_rng(seed).permutation(len(wanted))
@@ -370,6 +400,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the demo dataset.")
     parser.add_argument("--output_dir", default="demo/data", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="fraction of the full size (1,798 images)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="fraction of the full size (1,798 images)"
+    )
     args = parser.parse_args()
-    print("drew {} training and {} validation images under {}".format(*make_dataset(args.output_dir, args.seed, args.scale), args.output_dir))
+    print(
+        "drew {} training and {} validation images under {}".format(
+            *make_dataset(args.output_dir, args.seed, args.scale), args.output_dir
+        )
+    )

@@ -1,0 +1,27 @@
+import pytest
+import torch
+from harness import SDXL
+from world import make_dataset
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with a small drawn dataset: data/train, data/val, manifests/train_species.csv."""
+    folder = tmp_path_factory.mktemp("world")
+    make_dataset(folder, seed=3, scale=0.06, val_per_species=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(world):
+    """The smallest useful command line, without --output_dir."""
+    return [
+        *("--pretrained_model_name_or_path", SDXL),
+        *("--train_shards", world / "data/train"),
+        *("--species_csv", world / "manifests/train_species.csv"),
+        *("--resolution", 64, "--train_batch_size", 2, "--max_train_steps", 4, "--seed", 7),
+        *("--logging_steps", 1, "--learning_rate", 1e-3, "--rank", 2, "--report_to", "none"),
+        *("--mixed_precision", "no", "--dataloader_num_workers", 0),
+    ]

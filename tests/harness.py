@@ -1,0 +1,104 @@
+"""Runs of the trainer for tests: torch and diffusers are imported once, in a fork server that forks every run."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SDXL = ROOT / "demo" / "sdxl"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["train_sdxl_lora"])
+
+
+@dataclass
+class Result:
+    """What a run left behind; `codes` and `outputs` have one entry per process."""
+
+    codes: list
+    outputs: list
+    output_dir: Path
+
+    @property
+    def output(self):
+        return "\n".join(self.outputs)
+
+    def metrics(self):
+        """Rows of metrics.jsonl without what differs from clock to clock."""
+        lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
+        timed = ("time", "images_per_second")
+        return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def _child(argv, env, log, setup):
+    import torch
+
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    code = 0
+    with open(log, "w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        try:
+            import train_sdxl_lora
+
+            if setup is not None:
+                setup(train_sdxl_lora)
+            train_sdxl_lora.main(argv)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+            if isinstance(error.code, str):
+                print(error.code)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        stream.flush()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_trainer(argv, output_dir, processes=1, env=None, setup=None):
+    """Starts main([*argv, --output_dir …]) in forks; `setup(module)`, picklable, may change the module first."""
+    output_dir = Path(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    argv = [str(a) for a in argv] + ["--output_dir", str(output_dir)]
+    port, children = str(free_port()), []
+    for rank in range(processes):
+        world = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
+        if processes > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            world |= {k: str(v) for k, v in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        log = f"{output_dir}.{rank}.log"
+        child = _context.Process(target=_child, args=(argv, world, log, setup))
+        child.start()
+        children.append((child, log))
+    return children
+
+
+def run_trainer(argv, output_dir, processes=1, env=None, setup=None, timeout=300):
+    """Result of a whole run; a process that outlives `timeout` seconds is killed and has a negative code."""
+    children = start_trainer(argv, output_dir, processes, env, setup)
+    for child, _ in children:
+        child.join(timeout)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    outputs = [Path(log).read_text() for _, log in children]
+    return Result([child.exitcode for child, _ in children], outputs, Path(output_dir))
+
+
+def assert_ok(result):
+    assert result.codes == [0] * len(result.codes), result.output[-3000:]
+    return result

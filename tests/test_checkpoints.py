@@ -1,0 +1,226 @@
+"""Room 7: what is saved is all there is, appears whole, and loads in stock diffusers."""
+
+import json
+import os
+import re
+import signal
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionXLPipeline
+from harness import SDXL, assert_ok, run_trainer, start_trainer
+
+PROMPT = "Aquafin, standing on a beach, facing left"
+HARD = ["--train_text_encoder", "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2, "--max_train_steps", 6]
+HARD += ["--checkpointing_steps", 2, "--logging_steps", 3, "--random_flip", "--noise_offset", 0.05]
+
+
+def die_in_micro_step(number, module):
+    """kill -9 itself in the middle of an update: after `number` micro-steps."""
+    original, calls = module.train_step, []
+
+    def train_step(run, batch):
+        calls.append(1)
+        if len(calls) > number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(run, batch)
+
+    module.train_step = train_step
+
+
+def tensors_of(folder):
+    adapters = safetensors.torch.load_file(folder / "pytorch_lora_weights.safetensors")
+    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
+    state = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    return adapters | state
+
+
+def assert_same_run(a, b, step):
+    first, second = tensors_of(a.output_dir / f"checkpoint-{step}"), tensors_of(b.output_dir / f"checkpoint-{step}")
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+    assert a.metrics() == b.metrics()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_and_resumed_run_is_the_uninterrupted_run(flags, world, tmp_path, workers):
+    argv = [*flags, *HARD, "--val_shards", world / "data/val", "--validation_steps", 4]
+    whole = assert_ok(run_trainer([*argv, "--dataloader_num_workers", 0], tmp_path / "whole"))
+    argv += ["--dataloader_num_workers", workers, "--resume_from_checkpoint", "latest"]
+    killed = run_trainer(argv, tmp_path / "killed", setup=partial(die_in_micro_step, 9))
+    assert killed.codes == [-signal.SIGKILL]
+    assert (tmp_path / "killed/checkpoint-4").is_dir() and not (tmp_path / "killed/checkpoint-6").exists()
+    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "killed")), step=6)
+
+
+def test_the_comparison_would_notice_another_seed(flags, tmp_path):
+    one = assert_ok(run_trainer([*flags, "--checkpointing_steps", 4], tmp_path / "one"))
+    two = assert_ok(run_trainer([*flags, "--checkpointing_steps", 4, "--seed", 8], tmp_path / "two"))
+    with pytest.raises(AssertionError):
+        assert_same_run(one, two, step=4)
+
+
+def test_files_depend_on_neither_path_nor_workers(flags, tmp_path):
+    assert_ok(run_trainer(flags, tmp_path / "a"))
+    assert_ok(run_trainer([*flags, "--dataloader_num_workers", 2], tmp_path / "elsewhere"))
+    for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(flags, tmp_path):
+    argv = [*flags, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
+    assert_ok(run_trainer(argv, tmp_path / "run"))
+    victim = tmp_path / "run/checkpoint-4/pytorch_lora_weights.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    (tmp_path / "run/.checkpoint-6.partial").mkdir()
+    again = assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert re.search(r"checkpoint-4 is damaged: pytorch_lora_weights.safetensors", again.output)
+    assert "resumed from" in again.output and "checkpoint-2" in again.output
+    (tmp_path / "run/checkpoint-2/checksums.json").unlink()
+    (tmp_path / "run/checkpoint-4/checksums.json").unlink()
+    hopeless = run_trainer(argv, tmp_path / "run")
+    assert hopeless.codes == [1] and "no whole checkpoint among" in hopeless.output
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (["--rank", 3], "--rank: 2 then, 3 now"),
+        (["--train_batch_size", 4], "--global_batch: 2 then, 4 now"),
+        (["--seed", 8], "--seed: 7 then, 8 now"),
+        (["--max_train_samples", 20], "--dataset"),
+    ],
+)
+def test_resuming_with_other_mathematics_names_the_flag_and_both_values(flags, tmp_path, change, named):
+    assert_ok(run_trainer([*flags, "--max_train_steps", 1], tmp_path / "run"))
+    result = run_trainer([*flags, "--resume_from_checkpoint", "latest", *change], tmp_path / "run")
+    assert result.codes == [1] and named in result.output
+
+
+def test_the_oldest_checkpoints_are_pruned(flags, tmp_path):
+    argv = [*flags, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--checkpointing_after_steps", 2]
+    assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_no_checkpoint_before_checkpointing_after_steps(flags, tmp_path):
+    assert_ok(run_trainer([*flags, "--checkpointing_steps", 1, "--checkpointing_after_steps", 3], tmp_path / "run"))
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(flags, tmp_path):
+    argv = [*flags, "--max_train_steps", 30, "--checkpointing_steps", 1000, "--resume_from_checkpoint", "latest"]
+    whole = assert_ok(run_trainer(argv, tmp_path / "whole"))
+    marker = tmp_path / "preempted"
+    ((child, log),) = start_trainer(argv, tmp_path / "run", env={"PREEMPT_FILE": str(marker)})
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 0 and marker.exists()
+    saved = [int(p.name.split("-")[1]) for p in (tmp_path / "run").glob("checkpoint-*")]
+    assert len(saved) == 1 and 3 <= saved[0] < 30
+    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "run")), step=30)
+
+
+def keep_own_pictures(path, module):
+    original = module.generate_images
+
+    def generate_images(*args, **kwargs):
+        images = original(*args, **kwargs)
+        np.save(path, images)
+        return images
+
+    module.generate_images = generate_images
+
+
+def stock_picture(folder, name, seed):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(SDXL, dtype=torch.float32, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if name:
+        pipeline.load_lora_weights(folder, weight_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(PROMPT, height=64, width=64, num_inference_steps=25, generator=generator, output_type="np").images[
+        0
+    ]
+
+
+KINDS = {
+    "unet only": [],
+    "with encoders": ["--train_text_encoder", "--text_encoder_rank", 3],
+    "alpha is not rank": ["--train_text_encoder", "--lora_alpha", 5, "--text_encoder_alpha", 1.5],
+    "rsLoRA": ["--train_text_encoder", "--use_rslora", "--rank", 4, "--lora_alpha", 3],
+    "DoRA": ["--train_text_encoder", "--use_dora"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_diffusers_draws_the_trainers_own_picture_from_both_files(flags, tmp_path, kind):
+    argv = [*flags, "--learning_rate", 0.02, "--text_encoder_lr_scale", 1, *KINDS[kind]]
+    argv += ["--validation_prompt", PROMPT, "--num_validation_images", 1]
+    assert_ok(run_trainer(argv, tmp_path / "run", setup=partial(keep_own_pictures, tmp_path / "own.npy")))
+    own = np.load(tmp_path / "own.npy")[0]
+    files = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"][
+        : 1 if kind == "DoRA" else 2
+    ]
+    for name in files:
+        assert np.abs(stock_picture(tmp_path / "run", name, seed=7) - own).max() < 1e-4, name
+    assert np.abs(stock_picture(tmp_path / "run", None, seed=7) - own).max() > 1e-2  # and the LoRA does something
+
+
+def test_key_names_of_both_files_are_the_literal_ones(flags, tmp_path):
+    argv = [*flags, "--max_train_steps", 1, "--train_text_encoder", "--lora_alpha", 6, "--text_encoder_alpha", 1.5]
+    assert_ok(run_trainer(argv, tmp_path / "run"))
+    diffusers_file = safetensors.torch.load_file(tmp_path / "run/pytorch_lora_weights.safetensors")
+    unet = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    layer = "encoder.layers.0.self_attn"
+    for key in (
+        f"unet.{unet}.to_q.lora_A.weight",
+        f"unet.{unet}.to_out.0.lora_B.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
+        f"text_encoder.text_model.{layer}.q_proj.lora_A.weight",
+        f"text_encoder_2.text_model.{layer}.out_proj.lora_B.weight",
+    ):
+        assert key in diffusers_file
+    kohya = safetensors.torch.load_file(tmp_path / "run/pytorch_lora_weights_kohya.safetensors")
+    unet, layer = unet.replace(".", "_"), layer.replace(".", "_")
+    for key in (
+        f"lora_unet_{unet}_to_q.lora_down.weight",
+        f"lora_unet_{unet}_to_out_0.lora_up.weight",
+        f"lora_te1_text_model_{layer}_q_proj.lora_down.weight",
+        f"lora_te2_text_model_{layer}_out_proj.lora_up.weight",
+    ):
+        assert key in kohya
+    assert kohya[f"lora_unet_{unet}_to_q.alpha"] == 6
+    assert kohya[f"lora_te1_text_model_{layer}_q_proj.alpha"] == 1.5
+    assert {k.split("_")[1] for k in kohya} == {"unet", "te1", "te2"}
+    layers = {"encoder.layers.2." in k for k in diffusers_file if k.startswith("text_encoder.")}
+    assert layers == {False}  # its last layer gets no gradient
+    with open(tmp_path / "run/pytorch_lora_weights.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    adapters = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+    assert (adapters["unet.r"], adapters["unet.lora_alpha"], adapters["text_encoder.lora_alpha"]) == (2, 6, 1.5)
+
+
+def test_rslora_alpha_in_the_kohya_file_gives_the_same_scale(flags, tmp_path):
+    argv = [*flags, "--max_train_steps", 1, "--use_rslora", "--rank", 4, "--lora_alpha", 3]
+    assert_ok(run_trainer(argv, tmp_path / "run"))
+    kohya = safetensors.torch.load_file(tmp_path / "run/pytorch_lora_weights_kohya.safetensors")
+    alphas = {float(v) for k, v in kohya.items() if k.endswith(".alpha")}
+    assert alphas == {6.0}  # alpha / sqrt(4) = 6 / 4
+
+
+def test_a_dora_kohya_file_has_dora_scale(flags, tmp_path):
+    assert_ok(run_trainer([*flags, "--max_train_steps", 1, "--use_dora"], tmp_path / "run"))
+    kohya = safetensors.torch.load_file(tmp_path / "run/pytorch_lora_weights_kohya.safetensors")
+    scales = [k for k in kohya if k.endswith(".dora_scale")]
+    assert scales and all(kohya[k].shape[1:] == (1,) for k in scales)

@@ -1,0 +1,129 @@
+"""The demo world: frozen weights that generate, a judge that can be trusted, and a LoRA that teaches."""
+
+import csv
+import hashlib
+import json
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import run as demo
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from harness import ROOT
+from pretrain import AestheticHead, draw_many, to_pixel_values
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from world import PRETRAINED, SPECIES, UNSEEN
+
+DEMO = ROOT / "demo"
+# Frozen before any LoRA result was read.
+WEIGHTS = {}
+
+
+def test_the_weights_are_the_frozen_ones():
+    found = {
+        str(path.relative_to(DEMO)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for pattern in ("sdxl/**/*.safetensors", "refiner/**/*.safetensors", "clip/*.safetensors", "*.pth")
+        for path in DEMO.glob(pattern)
+    }
+    assert found == WEIGHTS
+    assert sum((DEMO / name).stat().st_size for name in WEIGHTS) <= 20e6
+
+
+def test_the_dataset_is_long_tailed_and_as_irregular_as_the_real_one(world, tmp_path):
+    from world import make_dataset
+
+    make_dataset(tmp_path, seed=0, val_per_species=1)
+    with open(tmp_path / "manifests/train_species.csv") as file:
+        counts = {row["pokemon"]: int(row["count"]) for row in csv.DictReader(file)}
+    assert len(counts) >= 12 and len(UNSEEN) >= 4
+    assert max(counts.values()) >= 20 * min(counts.values())
+    metadata, extensions = [], set()
+    for shard in (tmp_path / "data/train").glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                extensions.add(member.name.rsplit(".", 1)[1])
+                if member.name.endswith(".json"):
+                    metadata.append(json.load(tar.extractfile(member)))
+    assert extensions == {"jpg", "png", "webp", "bmp", "txt", "json"}
+    labels = [len(m["species_list"]) for m in metadata]
+    assert set(labels) == {0, 1, 2}
+    assert any(m["width"] is None for m in metadata) and any(m["ae_aesthetic"] is None for m in metadata)
+    ratios = [max(m["width"], m["height"]) / min(m["width"], m["height"]) for m in metadata if m["width"]]
+    assert max(ratios) > 2
+
+
+def test_the_judge_names_fresh_drawings():
+    pixels, _, scenes, *_ = draw_many(480, seed=90210, species=SPECIES)
+    alone = [i for i, scene in enumerate(scenes) if len(set(scene.creatures)) == 1]
+    images = pixels.permute(0, 2, 3, 1).numpy()[alone]
+    named = demo.Judge().name(images)
+    right = np.mean([SPECIES[n] is scenes[i].creatures[0] for n, i in zip(named, alone)])
+    assert right >= 0.95
+
+
+def test_the_base_draws_its_pretraining_species_and_not_the_unseen_ones():
+    panel = [entry for entry in demo.make_panel() if entry[2] % 1000 < 10]
+    scores = demo.score(panel, demo.Judge().name(demo.generate(demo.load_pipeline(), panel)))
+    assert scores["pretrained"]["images"] == 10 * len(PRETRAINED)
+    assert scores["pretrained"]["share"] >= 0.8
+    assert scores["unseen"]["share"] <= 0.35
+
+
+def test_the_refiner_knows_its_band_and_its_own_conditioning():
+    unet = UNet2DConditionModel.from_pretrained(DEMO / "refiner/unet", dtype=torch.float32).eval()
+    text = CLIPTextModelWithProjection.from_pretrained(DEMO / "sdxl/text_encoder_2", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(DEMO / "sdxl/vae", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "sdxl/tokenizer_2")
+    assert unet.config.projection_class_embeddings_input_dim == text.config.projection_dim + 5 * 32
+    assert unet.config.cross_attention_dim == text.config.hidden_size
+    pixels, captions, _, ids, scores = draw_many(64, seed=77)
+    scheduler = DDPMScheduler.from_pretrained(DEMO / "sdxl/scheduler")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        latents = vae.encode(to_pixel_values(pixels)).latent_dist.mode() * vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(50, 201, (64,), generator=generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        output = text(tokens.input_ids, output_hidden_states=True)
+        added = {"text_embeds": output.text_embeds, "time_ids": torch.cat([ids, scores[:, None] / 10], dim=1)}
+        guess = unet(noisy, timesteps, output.hidden_states[-2], added_cond_kwargs=added).sample
+        error = (guess - noise).square().mean()
+    assert error < 0.5  # guessing nothing scores 1
+
+
+def test_the_aesthetic_head_has_the_laion_layers_and_agrees_with_the_world():
+    state = torch.load(DEMO / "aesthetic-linearMSE.pth", weights_only=True)
+    layers = {0: (1024, 64), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    assert {k: tuple(v.shape) for k, v in state.items() if k.endswith("weight")} == {
+        f"layers.{i}.weight": shape for i, shape in layers.items()
+    }
+    head = AestheticHead(64).eval()
+    head.load_state_dict(state)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{DEMO / 'clip'}")
+    model.eval()
+    pixels, _, _, _, scores = draw_many(320, seed=4321, species=SPECIES)
+    with torch.no_grad():
+        guessed = head(model.encode_image(to_pixel_values(pixels), normalize=True))[:, 0]
+    assert np.corrcoef(guessed, scores)[0, 1] > 0.8
+
+
+def test_a_wilson_interval_of_a_known_case():
+    share, low, high = demo.wilson(90, 100)
+    assert (round(share, 3), round(low, 3), round(high, 3)) == (0.9, 0.826, 0.945)
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_the_unseen_species_and_keeps_the_others(tmp_path):
+    demo.main(tmp_path)
+    scores = json.loads((tmp_path / "metrics.json").read_text())
+    before, after = scores["before"], scores["after"]
+    assert after["unseen"]["images"] >= 200
+    assert before["unseen"]["share"] <= 0.35
+    assert after["unseen"]["share"] >= 0.85
+    assert after["pretrained"]["share"] >= before["pretrained"]["share"] - 0.05
+    assert (tmp_path / "report.html").exists() and (tmp_path / "before_after.png").exists()
+    assert safetensors.torch.load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")

@@ -1,0 +1,251 @@
+"""Rooms 9 and 10: whole runs of the script."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from harness import ROOT, SDXL, assert_ok, free_port, run_trainer
+from PIL import Image
+
+
+def note_samples(folder, module):
+    """Writes (step, key) of every sample trained on, one file per rank."""
+    original = module.train_step
+
+    def train_step(run, batch):
+        with open(f"{folder}/rank-{run.accelerator.process_index}.txt", "a") as file:
+            for key, crop in zip(batch["keys"], batch["crop_top_lefts"].tolist()):
+                file.write(f"{run.progress.step} {key} {crop}\n")
+        return original(run, batch)
+
+    module.train_step = train_step
+
+
+def samples_by_step(folder):
+    steps = {}
+    for path in folder.glob("rank-*.txt"):
+        for line in path.read_text().splitlines():
+            step, sample = line.split(" ", 1)
+            steps.setdefault(int(step), []).append(sample)
+    return {step: sorted(samples) for step, samples in steps.items()}
+
+
+@pytest.mark.parametrize(
+    "processes, batch_size, accumulation, workers", [(1, 2, 2, 0), (1, 4, 1, 2), (2, 2, 1, 0), (2, 1, 2, 1)]
+)
+def test_the_samples_of_a_step_depend_on_the_global_batch_alone(
+    flags, tmp_path, processes, batch_size, accumulation, workers
+):
+    reference, other = tmp_path / "reference", tmp_path / "other"
+    argv = [*flags, "--train_batch_size", 4]
+    for folder in (reference, other):
+        folder.mkdir()
+    assert_ok(run_trainer(argv, tmp_path / "a", setup=partial(note_samples, reference)))
+    argv = [*flags, "--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
+    argv += ["--dataloader_num_workers", workers]
+    assert_ok(run_trainer(argv, tmp_path / "b", processes=processes, setup=partial(note_samples, other)))
+    expected = samples_by_step(reference)
+    assert len(expected) == 4 and all(len(samples) == 4 for samples in expected.values())
+    assert samples_by_step(other) == expected
+
+
+def test_two_processes_train_the_same_adapters_as_one(flags, tmp_path):
+    import safetensors.torch
+
+    argv = [*flags, "--train_text_encoder"]
+    assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "one"))
+    assert_ok(run_trainer([*argv, "--train_batch_size", 2], tmp_path / "two", processes=2))
+    files = [tmp_path / n / "pytorch_lora_weights.safetensors" for n in ("one", "two")]
+    one, two = map(safetensors.torch.load_file, files)
+    # the same gradients up to the order of additions; Adam's first steps divide by them, hence the tolerance
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    losses = [
+        [r["loss"] for r in map(json.loads, (f.parent / "metrics.jsonl").read_text().splitlines())] for f in files
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_learning_rate_ends_at_zero_on_two_processes_with_accumulation(flags, tmp_path):
+    argv = [*flags, "--max_train_steps", 8, "--gradient_accumulation_steps", 2, "--lr_warmup_steps", 2]
+    rates = [row["lr"] for row in assert_ok(run_trainer(argv, tmp_path / "run", processes=2)).metrics()]
+    assert rates[0] == 0 and max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 * 0.067, rel=0.01)  # cosine at 5 / 6 of the decay
+
+
+def lose_a_number(step, rank, module):
+    original = module.diffusion_loss
+
+    def diffusion_loss(models, batch, *args, **kwargs):
+        losses = original(models, batch, *args, **kwargs)
+        mine = module.torch.distributed.get_rank() if module.torch.distributed.is_initialized() else 0
+        reached = batch["positions"][0] // 4 == step
+        return losses * float("nan") if reached and mine == rank else losses
+
+    module.diffusion_loss = diffusion_loss
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_names_step_and_samples(flags, tmp_path):
+    argv = [*flags, "--checkpointing_steps", 2]
+    result = run_trainer(argv, tmp_path / "run", processes=2, setup=partial(lose_a_number, 2, 1), timeout=60)
+    assert result.codes == [1, 1]
+    for output in result.outputs:
+        assert "loss is nan at step 3, samples " in output
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Twelve pictures with metadata.jsonl, as datasets' imagefolder wants them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with open(folder / "metadata.jsonl", "w") as file:
+        for i in range(12):
+            Image.new("RGB", (80 + i, 72), (20 * i, 90, 200)).save(folder / f"{i}.png")
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}) + "\n")
+    return folder
+
+
+def test_command_lines_of_diffusers_users_run_unchanged(image_folder, tmp_path):
+    argv = f"""--pretrained_model_name_or_path={SDXL} --train_data_dir={image_folder} --caption_column=text
+        --resolution=64 --center_crop --random_flip --train_batch_size=2 --num_train_epochs=2
+        --gradient_accumulation_steps=2 --checkpointing_steps=2 --checkpoints_total_limit=2 --learning_rate=1e-4
+        --lr_scheduler=constant --lr_warmup_steps=0 --scale_lr --max_grad_norm=1 --seed=42 --train_text_encoder
+        --mixed_precision=no --report_to=tensorboard --validation_prompt=picture --num_validation_images=1
+        --validation_epochs=1 --snr_gamma=5.0 --noise_offset=0.1 --rank=4 --allow_tf32 --gradient_checkpointing
+        --adam_beta1=0.9 --adam_weight_decay=1e-2 --dataloader_num_workers=0 --resume_from_checkpoint=latest""".split()
+    first = assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert first.metrics()[-1]["step"] == 6  # 12 images, 4 a step, 2 epochs
+    assert first.metrics()[-1]["lr"] == pytest.approx(4e-4)  # scaled by accumulation x batch size
+    assert list((tmp_path / "run/logs").rglob("events.out.tfevents.*"))
+    longer = [a for a in argv if "epochs" not in a] + ["--max_train_steps=8"]
+    again = assert_ok(run_trainer(longer, tmp_path / "run"))
+    assert "resumed from" in again.output and again.metrics()[-1]["step"] == 8
+
+
+def test_the_written_config_repeats_the_run(flags, tmp_path):
+    argv = [*flags, "--train_text_encoder", "--hub_token", "hf_secret"]
+    assert_ok(run_trainer(argv, tmp_path / "first"))
+    config = tmp_path / "first/config.yaml"
+    assert yaml.safe_load(config.read_text())["train_text_encoder"] is True
+    assert_ok(run_trainer(["--config", config], tmp_path / "second"))
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    leaks = [p for p in (tmp_path / "first").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
+    assert leaks == []
+
+
+def pretend_hub(path, module):
+    class HfApi:
+        def __init__(self, token=None):
+            self.calls = {"token": token}
+
+        def create_repo(self, repo_id, exist_ok):
+            self.calls["repo"] = repo_id
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, **kwargs):
+            with open(path, "w") as file:
+                json.dump(self.calls | {k: str(v) for k, v in kwargs.items()}, file)
+
+    sys.modules["huggingface_hub"].HfApi = HfApi
+
+
+def test_push_to_hub_uploads_without_the_token_in_any_file(flags, tmp_path):
+    argv = [*flags, "--max_train_steps", 1, "--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", "poke"]
+    assert_ok(run_trainer(argv, tmp_path / "run", setup=partial(pretend_hub, tmp_path / "calls.json")))
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    assert (calls["token"], calls["repo"], calls["repo_id"]) == ("hf_secret", "poke", "me/poke")
+    assert "checkpoint-" in calls["ignore_patterns"]
+    card = (tmp_path / "run/README.md").read_text()
+    assert "base_model:" in card and "load_lora_weights" in card
+    leaks = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
+    assert leaks == []
+
+
+def test_checkpoints_in_the_way_are_refused_or_overwritten(flags, tmp_path):
+    assert_ok(run_trainer(flags, tmp_path / "run"))
+    refused = run_trainer(flags, tmp_path / "run")
+    assert refused.codes == [2]
+    assert "--resume_from_checkpoint latest" in refused.output and "--overwrite_output_dir" in refused.output
+    argv = [*flags, "--overwrite_output_dir", "--max_train_steps", 2]
+    result = assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [row["step"] for row in result.metrics()] == [1, 2]
+
+
+def test_latest_without_a_checkpoint_starts_fresh(flags, tmp_path):
+    result = assert_ok(run_trainer([*flags, "--resume_from_checkpoint", "latest"], tmp_path / "run"))
+    assert [row["step"] for row in result.metrics()] == [1, 2, 3, 4]
+
+
+def test_bf16_trains_and_samples(flags, tmp_path):
+    argv = [*flags, "--mixed_precision", "bf16", "--max_train_steps", 2, "--train_batch_size", 1]
+    argv += ["--validation_prompt", "Aquafin", "--num_validation_images", 1]
+    result = assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert (tmp_path / "run/samples/step-2.png").exists()
+    assert all(0 < row["loss"] < 10 for row in result.metrics())
+
+
+def test_a_world_that_the_launcher_did_not_mean_is_refused(flags, tmp_path):
+    result = run_trainer(flags, tmp_path / "run", env={"ACCELERATE_USE_CPU": "false", "WORLD_SIZE": "2"})
+    assert result.codes == [1] and "2 processes" in result.output and "ACCELERATE_USE_CPU" in result.output
+
+
+def test_a_target_layer_that_does_not_exist_is_named(flags, tmp_path):
+    result = run_trainer([*flags, "--lora_target_modules", "to_q", "to_nowhere"], tmp_path / "run")
+    assert result.codes == [1] and "--lora_target_modules" in result.output and "to_nowhere" in result.output
+
+
+def test_damaged_samples_are_listed_and_too_many_end_the_run(flags, world, tmp_path):
+    shard = next((world / "data/train").glob("*.tar"))
+    torn = tmp_path / "torn.tar"
+    torn.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    argv = [a for a in flags if a != world / "data/train"]
+    argv.insert(argv.index("--train_shards") + 1, torn)
+    result = assert_ok(run_trainer(argv, tmp_path / "run"))
+    rows = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert rows and all(row["shard"] == str(torn) for row in rows)
+    assert "damaged" in result.output
+    strict = run_trainer([*argv, "--max_bad_fraction", 0, "--overwrite_output_dir"], tmp_path / "run")
+    assert strict.codes == [1] and "--max_bad_fraction" in strict.output
+
+
+@pytest.mark.slow
+def test_the_shipped_accelerate_config_starts_two_processes_and_forwards_sigterm(flags, tmp_path):
+    argv = [str(a) for a in [*flags, "--max_train_steps", 400, "--output_dir", tmp_path / "run"]]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/ddp.yaml"]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port()), ROOT / "train_sdxl_lora.py", *argv]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([str(word) for word in launch], env=env, stdout=log, stderr=log)
+        metrics = tmp_path / "run/metrics.jsonl"
+        deadline = time.time() + 180
+        while not (metrics.exists() and metrics.stat().st_size) and time.time() < deadline and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(60)
+    saved = [p.name for p in (tmp_path / "run").glob("checkpoint-*")]
+    assert len(saved) == 1, (tmp_path / "log").read_text()[-2000:]
+    law = json.loads((tmp_path / "run" / saved[0] / "progress.json").read_text())["law"]
+    assert law["global_batch"] == 4
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(flags, tmp_path):
+    argv = [*flags, "--report_to", "wandb", "--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
+    argv += ["--validation_prompt", "Aquafin", "--num_validation_images", 1]
+    for steps in (2, 3):
+        env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        assert_ok(run_trainer([*argv, "--max_train_steps", steps], tmp_path / "run", env=env))
+    run_id = json.loads((tmp_path / "run/run.json").read_text())["run_id"]
+    runs = [p.name for p in (tmp_path / "run/wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and all(name.endswith(run_id) for name in runs)
