@@ -65,7 +65,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -76,6 +76,7 @@ logger = logging.getLogger("train_sdxl_lora")
 UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is taken when classes are balanced
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused from their header: PIL's own limit against bombs
+MAX_OPEN_FILES = 16  # shards, or images of a folder, that a worker keeps open
 INDEX_VERSION = 1  # part of the index cache's key: raise it when a column changes
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
@@ -164,7 +165,7 @@ def add_data_arguments(parser):
         help="random_ar by default (refiner: center): near the middle of the long side")
     add("--center_crop", **switch, help="same as --crop center")
     add("--random_flip", **switch, help="mirror half of the images")
-    modes = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+    modes = ["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
     add("--image_interpolation_mode", choices=modes, default="lanczos", help="how images are resized")
     add("--species_csv", metavar="FILE",
         help="class counts: columns pokemon (or species) and count; counted from the data by default")
@@ -211,7 +212,7 @@ def add_optimizer_arguments(parser):
     add("--use_8bit_adam", **switch, help="same as --optimizer adamw8bit")
     add("--learning_rate", type=float, default=1e-4, metavar="LR", help="peak learning rate")
     add("--text_encoder_lr_scale", type=float, default=0.3, metavar="X",
-        help="the encoders' learning rate is LR times X")
+        help="the encoders' learning rate is LR times X (not with prodigy)")
     add("--scale_lr", **switch, help="multiply LR by devices x accumulation x batch size")
     add("--lr_scheduler", choices=[s.value for s in SchedulerType if "piecewise" not in s.value], default="cosine",
         help="learning-rate schedule")
@@ -276,7 +277,8 @@ class Parser(configargparse.ArgParser):
     """Ends with one line, `prog: error: --flag: …`; the usage is in --help."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        flag = "--config: " if "config file" in message else ""
+        self.exit(2, f"{self.prog}: error: {flag}{' '.join(message.split())}\n")
 
 
 def make_parser():
@@ -323,7 +325,7 @@ def expand_shards(patterns):
 
 def read_species_csv(path):
     """{label: count}, labels casefolded. Errors: ValueError without the columns or with a bad count."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         name = next((c for c in ("pokemon", "species") if c in columns), None)
@@ -333,12 +335,16 @@ def read_species_csv(path):
             )
         counts = Counter()
         for row in reader:
+            count = row["count"]
             try:
-                counts[row[name].strip().casefold()] += float(row["count"])
+                usable = 0 <= float(count) < math.inf
             except (TypeError, ValueError):
-                raise ValueError(f"{path} line {reader.line_num}: count {row['count']!r} is not a number") from None
-    if not counts:
-        raise ValueError(f"{path} has no rows")
+                usable = False
+            if not usable:
+                raise ValueError(f"{path} line {reader.line_num}: count {count!r} is not a number of 0 or more")
+            counts[(row[name] or "").strip().casefold()] += float(count)
+    if not sum(counts.values()):
+        raise ValueError(f"{path} counts nothing")
     return counts
 
 
@@ -347,13 +353,14 @@ def read_prompts(args):
     prompts = [args.validation_prompt] if args.validation_prompt else []
     if args.validation_prompts:
         lines = [line.strip() for line in Path(args.validation_prompts).read_text(encoding="utf-8").splitlines()]
-        is_jsonl = args.validation_prompts.endswith(".jsonl")
-        try:
-            prompts += [json.loads(line)["prompt"] if is_jsonl else line for line in lines if line]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{args.validation_prompts}: expected JSON objects with a `prompt`, one a line ({error!r})"
-            ) from None
+        for line in filter(None, lines):
+            try:
+                prompt = json.loads(line)["prompt"] if args.validation_prompts.endswith(".jsonl") else line
+            except (KeyError, TypeError, json.JSONDecodeError):
+                prompt = None
+            if not isinstance(prompt, str):
+                raise ValueError(f"{args.validation_prompts}: {line[:60]!r} is no JSON object with a `prompt` text")
+            prompts.append(prompt)
         if not any(lines):
             raise ValueError(f"{args.validation_prompts} is empty; write one prompt per line")
     return prompts
@@ -372,13 +379,14 @@ def default_workers(local_world):
 
 def check_not_yet(parser, args):
     """Ends with one line for flags whose work is planned but not done."""
-    remote = [s for s in (args.train_shards or []) + (args.val_shards or []) if re.match(r"[a-z0-9]+:", s)]
+    remote = re.compile(r"[a-z0-9]+:")
     planned = {
         "--stage refiner": args.stage == "refiner",
         "--refiner_unet": args.refiner_unet,
         "--text_encoder_2_lora": args.text_encoder_2_lora,
         "--dataset_name": args.dataset_name,
-        f"shards from {' '.join(remote)}": remote,
+        "--train_shards from elsewhere than local disk": any(map(remote.match, args.train_shards or [])),
+        "--val_shards from elsewhere than local disk": any(map(remote.match, args.val_shards or [])),
         "--crop bucket": args.crop == "bucket",
         "--cache_latents": args.cache_latents,
         "--cache_text_embeddings": args.cache_text_embeddings,
@@ -402,9 +410,16 @@ def check_values(parser, args):
     for name in positive.split():
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
-    for name in ("lora_dropout", "caption_dropout_rate", "max_bad_fraction"):
+    for name in ("lora_dropout", "caption_dropout_rate", "max_bad_fraction", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name}: found {getattr(args, name)}; expected a share between 0 and 1")
+    not_negative = (
+        "learning_rate text_encoder_lr_scale adam_weight_decay adam_epsilon max_grad_norm lr_warmup_steps snr_gamma "
+        "noise_offset dataloader_num_workers checkpointing_after_steps seed"
+    )
+    for name in not_negative.split():
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 2**63:
+            parser.error(f"--{name}: found {getattr(args, name)}; expected a number of 0 or more")
     start, end, steps = args.species_mix
     if not (0 <= start <= 1 and 0 <= end <= 1 and steps >= 0):
         parser.error(
@@ -421,7 +436,7 @@ def check_values(parser, args):
     trackers = [str(tracker) for tracker in get_available_trackers()]
     if args.report_to not in ["all", "none", *trackers]:
         parser.error(f"--report_to: {args.report_to} is not installed; found all, none, {', '.join(trackers)}")
-    if args.report_to == "wandb" and args.hub_token is not None:
+    if args.report_to in ("wandb", "all") and args.hub_token is not None:
         parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
     sources = [name for name in ("train_shards", "train_data_dir") if getattr(args, name)]
     if len(sources) != 1:
@@ -521,19 +536,24 @@ def load_models(args, weight_dtype, device):
         path = getattr(args, flag.removeprefix("--"))
         try:
             return loader(path, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # libraries raise what they like for a torn or empty file
             raise InputError(f"{flag}: cannot load {subfolder or 'the VAE'} of {path}: {error}") from error
 
     def load_frozen(model_class, subfolder, dtype=weight_dtype, **options):
         model = load(model_class.from_pretrained, subfolder, dtype=dtype, variant=args.variant, **options)
         return model.requires_grad_(False).eval().to(device)
 
+    tokenizers = [load(CLIPTokenizer.from_pretrained, name) for name in ("tokenizer", "tokenizer_2")]
+    if min(len(tokenizer) for tokenizer in tokenizers) < 10:
+        raise InputError(
+            f"--pretrained_model_name_or_path: a tokenizer of {args.pretrained_model_name_or_path} has no vocabulary"
+        )
     other_vae = {"flag": "--pretrained_vae_model_name_or_path"} if args.pretrained_vae_model_name_or_path else {}
     config = load(DDPMScheduler.load_config, "scheduler")
     if args.prediction_type:
         config["prediction_type"] = args.prediction_type
     return Models(
-        tokenizers=[load(CLIPTokenizer.from_pretrained, name) for name in ("tokenizer", "tokenizer_2")],
+        tokenizers=tokenizers,
         text_encoders=[
             load_frozen(CLIPTextModel, "text_encoder"),
             load_frozen(CLIPTextModelWithProjection, "text_encoder_2"),
@@ -564,7 +584,10 @@ def add_adapter(model, targets, flag, **lora):
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             raise InputError(f"{flag}: no layer of {type(model).__name__} is called {target}")
-    model.add_adapter(LoraConfig(target_modules=list(targets), init_lora_weights="gaussian", **lora))
+    try:
+        model.add_adapter(LoraConfig(target_modules=list(targets), init_lora_weights="gaussian", **lora))
+    except ValueError as error:
+        raise InputError(f"{flag}: {' '.join(targets)}: not all of these layers can take an adapter") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -661,11 +684,12 @@ INDEX_SCHEMA = pa.schema(
 def iter_tar_members(file, report):
     """(name, offset, size) of the regular files in an open tar; reads headers only and verifies their checksums.
 
-    Damage is told to report(reason); after a bad header the scan goes on at the next block that is a good one.
+    Damage is told to report(reason); after a bad header the scan goes on at the next block that is a good one, and to
+    the end of the file: zero blocks may be an archive's end, damage, or black pixels after a lost header.
     """
     end = file.seek(0, io.SEEK_END)
     position, long_name, lost, zero_blocks = 0, None, False, 0
-    while position + 512 <= end and zero_blocks < 2:
+    while position + 512 <= end:
         file.seek(position)
         block = file.read(512)
         position += 512
@@ -677,13 +701,18 @@ def iter_tar_members(file, report):
         except tarfile.HeaderError:
             if not lost:
                 report(f"bad tar header at byte {position - 512}")
-            lost = True
+            lost, zero_blocks = True, 0
             continue
+        if zero_blocks and not lost:
+            report(f"zero blocks before byte {position - 512}")
         lost, zero_blocks = False, 0
         if position + member.size > end:
-            return report(f"cut inside {member.name}")
+            return report(f"cut inside {long_name or member.name}")
         if member.type == tarfile.GNUTYPE_LONGNAME:
             long_name = file.read(member.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif member.type == tarfile.XHDTYPE:  # pax: lines "LENGTH key=value"
+            found = re.search(rb"^\d+ path=(.*)$", file.read(member.size), re.MULTILINE)
+            long_name = found[1].decode("utf-8", "surrogateescape") if found else None
         elif member.isreg():
             yield long_name or member.name, position, member.size
             long_name = None
@@ -703,14 +732,19 @@ def group_members(members):
 
 
 def read_labels(metadata, species_key):
-    """Casefolded labels of one sample: a list, or a string "a, b"."""
-    labels = metadata.get(species_key)
-    labels = labels.split(",") if isinstance(labels, str) else labels or []
-    return list(dict.fromkeys(str(label).strip().casefold() for label in labels if str(label).strip()))
+    """Casefolded labels of one sample: a list, or a string "a, b". Errors: ValueError when it is something else."""
+    labels = metadata.get(species_key) or []
+    labels = labels.split(",") if isinstance(labels, str) else labels
+    if not isinstance(labels, list):
+        raise ValueError(f"{species_key} is {labels!r}, not a list or a text")
+    names = [str(label).strip().casefold() for label in labels if label is not None]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def number_or_none(value):
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    """`value` when it is a number that a column can hold, else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 2**31 else None
 
 
 def index_sample(file, path, key, members, species_key):
@@ -739,9 +773,12 @@ def index_sample(file, path, key, members, species_key):
         raise ValueError("bad JSON") from None
     if not isinstance(metadata, dict):
         raise ValueError("JSON is not an object")
+    image_id = str(metadata.get("image_id") or key)
+    if not image_id.isprintable():  # a lone surrogate, say
+        raise ValueError("image_id is not text")
     return {
         "key": key,
-        "image_id": str(metadata.get("image_id") or key),
+        "image_id": image_id,
         "caption": caption,
         "labels": read_labels(metadata, species_key),
         "width": number_or_none(metadata.get("width")),
@@ -770,36 +807,32 @@ def index_shard(path, species_key):
     return rows, damage
 
 
-def index_image_folder(folder, caption_column, image_column, species_key):
+def index_image_folder(folder, caption_column, image_column, species_key, cache_dir=None):
     """(rows, damage) of an image folder in the layout of datasets' imagefolder (metadata.jsonl or .csv).
 
-    Errors: InputError naming the flag when a column is missing.
+    Errors: InputError naming the flag when the folder does not load or a column is missing.
     """
-    table = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
+    try:
+        table = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+    except Exception as error:
+        raise InputError(f"--train_data_dir: {folder}: {error}") from error
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in table.column_names:
             raise InputError(f"{flag}: {folder} has columns {', '.join(table.column_names)}; found no {column}")
-    table = table.cast_column(image_column, datasets.Image(decode=False))
-    rows = []
-    for row in table:
-        caption = row[caption_column]
-        path = row[image_column]["path"]
+    rows, damage = [], []
+    for row in table.cast_column(image_column, datasets.Image(decode=False)):
+        path, caption = row[image_column]["path"], row[caption_column]
+        caption = next(iter(caption), None) if isinstance(caption, list) else caption
         name = os.path.relpath(path, folder)
+        if not str(caption or "").strip():
+            damage.append({"shard": folder, "key": name, "reason": "no caption"})
+            continue
         rows.append(
-            {
-                "key": name,
-                "image_id": name,
-                "caption": str(caption[0] if isinstance(caption, list) else caption),
-                "labels": read_labels(row, species_key),
-                "width": None,
-                "height": None,
-                "score": number_or_none(row.get("ae_aesthetic")),
-                "path": path,
-                "offset": 0,
-                "size": os.path.getsize(path),
-            }
+            {"key": name, "image_id": name, "caption": str(caption).strip(), "labels": read_labels(row, species_key)}
+            | {"width": None, "height": None, "score": number_or_none(row.get("ae_aesthetic"))}
+            | {"path": path, "offset": 0, "size": os.path.getsize(path)}
         )
-    return rows, []
+    return rows, damage
 
 
 def cached_index_shard(path, species_key, cache_dir):
@@ -821,7 +854,8 @@ class Index:
     """Every usable sample, one row each. `label_codes[label_starts[i]:label_starts[i + 1]]` are row i's labels."""
 
     table: pa.Table
-    damage: list
+    damage: list  # [{"shard", "key", "reason"}]
+    total: int  # samples there were, damaged ones and those that --max_train_samples leaves out included
     id_hashes: np.ndarray  # (N,) uint64
     label_names: list
     label_codes: np.ndarray  # (M,) int32, into label_names
@@ -840,7 +874,14 @@ class Index:
         return f"{len(self)}-{int(digest):016x}"
 
 
-def make_index(table, damage):
+def count_damaged(damage):
+    """Samples in a list of damage; a sample with two faults is one, and so is a fault that names no sample."""
+    named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
+    cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
+    return len(named) + len(cut_shards)
+
+
+def make_index(table, damage, total=None):
     """Index of a table with INDEX_SCHEMA's columns."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
@@ -851,6 +892,7 @@ def make_index(table, damage):
     return Index(
         table=table,
         damage=damage,
+        total=len(table) + count_damaged(damage) if total is None else total,
         id_hashes=np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64),
         label_names=names,
         label_codes=np.array([code_of[name] for name in flat], dtype=np.int32),
@@ -876,7 +918,7 @@ def load_index(accelerator, args, flag, seed):
     if flag == "--train_data_dir":
         with accelerator.main_process_first():
             rows, damage = index_image_folder(
-                args.train_data_dir, args.caption_column, args.image_column, args.species_key
+                args.train_data_dir, args.caption_column, args.image_column, args.species_key, args.cache_dir
             )
         table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
     else:
@@ -891,11 +933,11 @@ def load_index(accelerator, args, flag, seed):
         raise InputError(
             f"{flag}: no usable sample; expected image, .txt caption and .json (first damage: {damage[:1]})"
         )
-    check_bad_fraction(flag, len(damage), len(table) + len(damage), args.max_bad_fraction)
     index = make_index(table, damage)
+    check_bad_fraction(flag, count_damaged(damage), index.total, args.max_bad_fraction)
     if flag != "--val_shards" and args.max_train_samples:
         chosen = np.argsort(hash64(SUBSET, seed, index.id_hashes), kind="stable")[: args.max_train_samples]
-        index = make_index(table.take(np.sort(chosen)), damage)
+        index = make_index(table.take(np.sort(chosen)), damage, index.total)
     return index
 
 
@@ -1032,7 +1074,9 @@ def open_image(data):
             raise ValueError(f"image of {image.width}x{image.height} px is too large")
         image.load()
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    except Exception as error:  # decoders raise what they like on damaged files
         raise ValueError(f"cannot decode image: {error}") from None
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -1072,12 +1116,14 @@ class ImageDataset(Dataset):
     def __init__(self, index, seed, resolution, crop, random_flip, interpolation):
         self.index, self.seed, self.resolution = index, seed, resolution
         self.crop, self.random_flip = crop, random_flip
-        self.interpolation = Image.Resampling[interpolation.upper()]
+        self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
         self.files = {}  # path → file descriptor, per process; pread keeps no position, so sharing over a fork is safe
 
     def read(self, row):
         descriptor = self.files.get(row["path"])
         if descriptor is None:
+            if len(self.files) >= MAX_OPEN_FILES:
+                os.close(self.files.pop(next(iter(self.files))))
             descriptor = self.files[row["path"]] = os.open(row["path"], os.O_RDONLY)
         data = os.pread(descriptor, row["size"], row["offset"])
         if len(data) != row["size"]:
@@ -1088,19 +1134,19 @@ class ImageDataset(Dataset):
 
     def open(self, i, label):
         """(row, image, skipped): row i, or for a damaged one another of the same class, chosen by hash."""
-        skipped = []
-        candidates = None
+        skipped, candidates = [], np.zeros(0)
         for attempt in range(100):
             row = self.index.row(i)
             try:
                 return row, open_image(self.read(row)), skipped
             except ValueError as error:
                 skipped.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
-            if attempt == 20:
-                candidates = np.arange(len(self.index))  # the whole class seems damaged
-            elif candidates is None:
+            if attempt == 0 and label >= 0:
                 owners = np.repeat(np.arange(len(self.index)), np.diff(self.index.label_starts))
-                candidates = owners[self.index.label_codes == label] if label >= 0 else np.arange(len(self.index))
+                candidates = owners[self.index.label_codes == label]
+            candidates = candidates[candidates != i]
+            if len(candidates) == 0:  # the whole class is damaged
+                candidates = np.delete(np.arange(len(self.index)), i)
             i = candidates[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], attempt)) % len(candidates)]
         raise ValueError(f"{skipped[0]['shard']}: 100 damaged images in a row, the first {skipped[0]['key']}")
 
@@ -1280,6 +1326,8 @@ def diffusion_loss(
     ).sample
 
     prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(f"--prediction_type: the snapshot's is {prediction_type}; expected epsilon or v_prediction")
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return loss * compute_snr_weights(compute_snr(scheduler, timesteps), snr_gamma, prediction_type)
@@ -1302,6 +1350,7 @@ def make_optimizer(args, groups, learning_rate):
         if args.optimizer == "prodigy":
             import prodigyopt
 
+            groups = [group | {"lr": learning_rate, "initial_lr": learning_rate} for group in groups]  # takes one only
             return prodigyopt.Prodigy(groups, lr=learning_rate, eps=args.adam_epsilon, safeguard_warmup=True, **adam)
     except ImportError as error:
         raise RuntimeError(
@@ -1584,10 +1633,10 @@ def note_skipped(args, index, entries):
     Errors: InputError when more than --max_bad_fraction of all samples are damaged.
     """
     path = Path(args.output_dir) / "skipped.jsonl"
-    known = {(e["shard"], e["key"], e["reason"]) for e in read_jsonl(path)}
-    new = [e for e in entries if (e["shard"], e["key"], e["reason"]) not in known]
+    known = read_jsonl(path)
+    new = [e for i, e in enumerate(entries) if e not in known and e not in entries[:i]]
     append_jsonl(path, new)
-    check_bad_fraction("--train_shards", len(known) + len(new), len(index) + len(index.damage), args.max_bad_fraction)
+    check_bad_fraction("--train_shards", count_damaged(known + new), index.total, args.max_bad_fraction)
 
 
 def verify_checkpoint(folder):

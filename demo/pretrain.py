@@ -1,7 +1,7 @@
 """How the demo's weights were made: a small SDXL, its refiner UNet, a CLIP and an aesthetic head.
 
     python demo/pretrain.py --output_dir demo                    # every stage, about 75 minutes on 2 CPU cores
-    python demo/pretrain.py --output_dir demo --stages clip      # one of: tokenizers vae base refiner clip aesthetic
+    python demo/pretrain.py --output_dir demo --stages clip      # or any others of STAGES
 
 Classes, folder layout and conditioning are SDXL's; only the sizes differ. The SDXL (tokenizers, VAE, encoders, both
 UNets) never meets the species marked `pretrained=False` in world.py; the CLIP and the aesthetic head, which judge,
@@ -36,6 +36,7 @@ RESOLUTION = 64  # px
 LATENT_SIZE = RESOLUTION // 8
 REFINER_BAND = 200  # the refiner learns timesteps 0–200, as the real one does
 UNSEEN_CONDITIONING = 0.1  # share of samples trained without their caption, for classifier-free guidance
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SDXL's
 TEXT_WIDTHS = (64, 96)  # text_encoder, text_encoder_2
 
 
@@ -165,9 +166,39 @@ def train_tokenizers(output_dir):
     make_tokenizer(captions, output_dir / "sdxl/tokenizer_2", "!")
 
 
-def train_vae(output_dir, steps=2400, batch_size=16):
-    torch.manual_seed(1)
+def reconstruction_loss(y, x):
+    """L1, squared error, and L1 on red-green and blue-yellow: without it colours come last, and red not at all."""
+    opponent = torch.tensor([[1.0, -1.0, 0.0], [-0.5, -0.5, 1.0]])
+    colour = torch.einsum("oc,bchw->bohw", opponent, y - x)
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + 2 * colour.abs().mean()
+
+
+def optimize_vae(vae, loss, steps, lr, batch_size=16):
+    """Trains `vae` on creatures of random looks with loss(reconstruction, picture) + a little KL, in place."""
     pixels = draw_many(6000, seed=101, species=None)[0]
+
+    def loss_at(step):
+        x = to_pixel_values(pixels[torch.randint(len(pixels), (batch_size,))])
+        posterior = vae.encode(x).latent_dist
+        kl = posterior.kl().mean() / (RESOLUTION * RESOLUTION)
+        return loss(vae.decode(posterior.sample()).sample, x) + 1e-5 * kl
+
+    optimize(list(vae.parameters()), loss_at, steps, lr, "vae", ema_of=[vae])
+
+
+def save_vae(vae, output_dir):
+    with torch.no_grad():
+        held_out = to_pixel_values(draw_many(256, seed=102)[0])
+        posterior = vae.encode(held_out).latent_dist
+        vae.register_to_config(scaling_factor=round(1 / posterior.sample().std().item(), 5))
+        error = F.mse_loss(vae.decode(posterior.mode()).sample, held_out).item()
+    decibels = 10 * np.log10(4 / error)
+    print(f"vae: PSNR on unseen drawings {decibels:.1f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
+    vae.half().save_pretrained(output_dir / "sdxl/vae")
+
+
+def train_vae(output_dir):
+    torch.manual_seed(1)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -177,23 +208,16 @@ def train_vae(output_dir, steps=2400, batch_size=16):
         latent_channels=4,
         sample_size=RESOLUTION,
     )
+    optimize_vae(vae, lambda y, x: F.l1_loss(y, x) + F.mse_loss(y, x), steps=2400, lr=2e-3)
+    save_vae(vae, output_dir)
 
-    def loss_at(step):
-        x = to_pixel_values(pixels[torch.randint(len(pixels), (batch_size,))])
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-5 * posterior.kl().mean() / x[0].numel() * x.shape[1]
 
-    optimize(list(vae.parameters()), loss_at, steps, 2e-3, "vae", ema_of=[vae])
-    with torch.no_grad():
-        held_out = to_pixel_values(draw_many(256, seed=102)[0])
-        posterior = vae.encode(held_out).latent_dist
-        vae.register_to_config(scaling_factor=round(1 / posterior.sample().std().item(), 5))
-        error = F.mse_loss(vae.decode(posterior.mode()).sample, held_out).item()
-    print(
-        f"vae: PSNR on unseen drawings {10 * np.log10(4 / error):.1f} dB, scaling factor {vae.config.scaling_factor}"
-    )
-    vae.half().save_pretrained(output_dir / "sdxl/vae")
+def train_vae_colour(output_dir):
+    """Goes on with the VAE under reconstruction_loss: the first training had lost red and green."""
+    torch.manual_seed(6)
+    vae = load_frozen(output_dir, AutoencoderKL, "vae").requires_grad_(True).train()
+    optimize_vae(vae, reconstruction_loss, steps=2000, lr=2e-3)
+    save_vae(vae, output_dir)
 
 
 def make_text_encoder(tokenizer, width, projected):
@@ -261,14 +285,13 @@ def noisy_batch(scheduler, latents, rows, low, high):
 
 
 def make_ddpm():
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return DDPMScheduler(**BETAS)
 
 
-def train_base(output_dir, steps=4800, batch_size=64):
-    torch.manual_seed(2)
+def optimize_base(output_dir, unet, text_encoders, steps, lr, batch_size=64):
+    """Trains UNet and both encoders together on the denoising loss, in place, and saves them."""
     latents, tokenizers, token_ids, ids, _ = prepare_latents(output_dir, 11000, seed=201)
-    text_encoders = [make_text_encoder(t, w, i == 1) for i, (t, w) in enumerate(zip(tokenizers, TEXT_WIDTHS))]
-    unet, scheduler = make_unet((48, 96), sum(TEXT_WIDTHS), 6), make_ddpm()
+    scheduler = make_ddpm()
     target_size = torch.full((batch_size, 2), float(RESOLUTION))
 
     def loss_at(step):
@@ -277,15 +300,13 @@ def train_base(output_dir, steps=4800, batch_size=64):
         outputs = [e(t[rows], output_hidden_states=True) for e, t in zip(text_encoders, token_ids)]
         kept = (torch.rand(batch_size, 1) >= UNSEEN_CONDITIONING).float()
         prompt_embeds = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1) * kept[:, None]
-        conditions = {
-            "text_embeds": outputs[1].text_embeds * kept,
-            "time_ids": torch.cat([ids[rows], target_size], dim=1),
-        }
+        time_ids = torch.cat([ids[rows], target_size], dim=1)
+        conditions = {"text_embeds": outputs[1].text_embeds * kept, "time_ids": time_ids}
         return F.mse_loss(unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample, noise)
 
-    models_ = [unet, *text_encoders]
-    optimize([p for m in models_ for p in m.parameters()], loss_at, steps, 1e-3, "base", ema_of=models_)
-    for model, name in zip(models_, ("unet", "text_encoder", "text_encoder_2")):
+    trained = [unet, *text_encoders]
+    optimize([p for m in trained for p in m.parameters()], loss_at, steps, lr, "base", ema_of=trained)
+    for model, name in zip(trained, ("unet", "text_encoder", "text_encoder_2")):
         model.half().save_pretrained(output_dir / "sdxl" / name)
     pipeline = StableDiffusionXLPipeline(
         vae=load_frozen(output_dir, AutoencoderKL, "vae"),
@@ -294,13 +315,7 @@ def train_base(output_dir, steps=4800, batch_size=64):
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=unet,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            timestep_spacing="leading",
-        ),
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -308,7 +323,23 @@ def train_base(output_dir, steps=4800, batch_size=64):
     pipeline.save_config(output_dir / "sdxl")
 
 
-def train_refiner(output_dir, steps=1800, batch_size=64):
+def train_base(output_dir):
+    torch.manual_seed(2)
+    tokenizers = [CLIPTokenizer.from_pretrained(output_dir / "sdxl" / name) for name in ("tokenizer", "tokenizer_2")]
+    text_encoders = [make_text_encoder(t, w, i == 1) for i, (t, w) in enumerate(zip(tokenizers, TEXT_WIDTHS))]
+    optimize_base(output_dir, make_unet((48, 96), sum(TEXT_WIDTHS), 6), text_encoders, steps=4800, lr=1e-3)
+
+
+def train_base_colour(output_dir):
+    """Goes on with the base in the latent space of the second VAE."""
+    torch.manual_seed(7)
+    parts = ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
+    parts += ((CLIPTextModelWithProjection, "text_encoder_2"),)
+    unet, *text_encoders = (load_frozen(output_dir, c, name).requires_grad_(True).train() for c, name in parts)
+    optimize_base(output_dir, unet, text_encoders, steps=2000, lr=1e-3)
+
+
+def train_refiner(output_dir, steps=1500, batch_size=64):
     torch.manual_seed(3)
     latents, tokenizers, token_ids, ids, scores = prepare_latents(output_dir, 6000, seed=301)
     text_encoder = load_frozen(output_dir, CLIPTextModelWithProjection, "text_encoder_2")
@@ -386,9 +417,7 @@ def train_clip(output_dir, steps=1500, batch_size=128):
     truth = torch.tensor([SPECIES.index(scene.creatures[0]) for scene in scenes])
     single = torch.tensor([len(set(scene.creatures)) == 1 for scene in scenes])
     right = ((images @ classes.T).argmax(dim=1) == truth)[single].float().mean()
-    print(
-        f"clip: names {right:.1%} of {int(single.sum())} fresh one-species drawings, zero-shot over {len(SPECIES)} species"
-    )
+    print(f"clip: names {right:.1%} of {int(single.sum())} fresh one-species drawings of 16 species, zero-shot")
 
 
 class AestheticHead(nn.Module):
@@ -435,6 +464,8 @@ STAGES = {
     "tokenizers": train_tokenizers,
     "vae": train_vae,
     "base": train_base,
+    "vae_colour": train_vae_colour,
+    "base_colour": train_base_colour,
     "refiner": train_refiner,
     "clip": train_clip,
     "aesthetic": train_aesthetic,

@@ -55,10 +55,6 @@ def index_of_shard(path):
     return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
 
 
-def bug(value, reason):
-    return pytest.param(value, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 # ---- random numbers
 
 
@@ -153,7 +149,6 @@ def test_bad_bytes_over_an_extended_header_are_reported(shard):
     assert damage
 
 
-@pytest.mark.xfail(strict=True, reason="zero blocks of pixels count as the end of the archive")
 def test_black_pixels_after_a_bad_header_do_not_end_the_shard(tmp_path):
     black = encode(Image.new("RGB", (40, 40)), "BMP")
     shard = Path(write_shard(tmp_path / "a.tar", [sample(key, png=None, bmp=black) for key in KEYS]))
@@ -171,7 +166,6 @@ def test_a_missing_end_of_archive_mark_is_reported(shard):
     assert len(damage) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the rest of the shard is lost without a word")
 def test_two_zero_blocks_in_the_middle_are_reported(shard):
     data, at = shard.read_bytes(), members(shard)["s5.json"].offset
     shard.write_bytes(data[:at] + bytes(1024) + data[at:])
@@ -189,7 +183,6 @@ def test_an_empty_file_is_a_damaged_shard(tmp_path):
 @pytest.mark.parametrize(
     "keys", [["é1", "è1"], ["k" * 130 + "1", "k" * 130 + "2"], ["folder/" + "k" * 90, "folder2/" + "k" * 90]]
 )
-@pytest.mark.xfail(strict=True, reason="the `path` of pax headers is not read: names collide or lose their extension")
 def test_long_and_foreign_names_are_kept_apart(tmp_path, keys):
     shard = write_shard(tmp_path / "a.tar", [sample(keys[0]), sample(keys[1], png=None, jpg=b"other")])
     rows, damage = trainer.index_shard(shard, "species_list")
@@ -234,11 +227,11 @@ def test_a_damaged_sample_is_named_with_its_reason_and_left_out(tmp_path, change
     [
         '{"width": 1e999, "height": NaN, "ae_aesthetic": "high"}',
         '{"width": 512.5}',
-        bug('{"species_list": 5}', "TypeError"),
-        bug('{"species_list": true}', "TypeError"),
-        bug('{"width": 1099511627776}', "ArrowInvalid: does not fit int32"),
-        bug('{"width": 1' + "0" * 400 + "}", "OverflowError in isfinite"),
-        bug('{"image_id": "\\ud800"}', "UnicodeEncodeError: a lone surrogate"),
+        '{"species_list": 5}',
+        '{"species_list": true}',
+        '{"width": 1099511627776}',
+        '{"width": 1' + "0" * 400 + "}",
+        '{"image_id": "\\ud800"}',
     ],
 )
 def test_strange_metadata_does_not_end_the_indexing(tmp_path, metadata):
@@ -257,7 +250,7 @@ def test_strange_metadata_does_not_end_the_indexing(tmp_path, metadata):
         ([], []),
         ("", []),
         (None, []),
-        pytest.param([None], [], marks=pytest.mark.xfail(strict=True, reason="becomes the label `none`")),
+        ([None], []),
     ],
 )
 def test_labels_are_a_list_or_a_string_casefolded(tmp_path, given, labels):
@@ -304,7 +297,6 @@ def test_too_many_damaged_samples_end_the_run_and_name_the_flag(tmp_path):
         load_index([shard], tmp_path, max_bad_fraction=0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="each fault counts, not each sample")
 def test_a_sample_with_two_faults_is_one_damaged_sample(shard, tmp_path):
     at = members(shard)["s9.png"].offset_data + 20
     shard.write_bytes(shard.read_bytes()[:at])
@@ -378,7 +370,6 @@ def test_a_missing_column_is_an_error_that_names_the_flag(image_folder):
 
 
 @pytest.mark.parametrize("caption", [None, "", "  ", []])
-@pytest.mark.xfail(strict=True, reason="None is trained on as the caption `None`, empty ones as they are; [] crashes")
 def test_an_image_of_the_folder_without_caption_is_damage(image_folder, caption):
     good = ["good"] if isinstance(caption, list) else "good"
     rows, damage = image_folder({"file_name": "a.png", "text": good}, {"file_name": "b.png", "text": caption})
@@ -554,11 +545,10 @@ def test_a_plan_restarted_from_its_state_continues_identically():
         assert list(again) == batches[step:]
 
 
-@pytest.mark.parametrize("layout", [[(4, 2, 1)], [(2, 2, 2)], [(1, 4, 2)], [(2, 1, 4)]])
-def test_at_equal_global_batch_every_layout_sees_the_same_samples_in_every_step(layout):
+@pytest.mark.parametrize("batch_size, world, accumulation", [(4, 2, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)])
+def test_at_equal_global_batch_every_layout_sees_the_same_samples(batch_size, world, accumulation):
     index = index_of(long_tailed_labels()[::10])
     alone = list(micro_batches(index, batch_size=8))
-    ((batch_size, world, accumulation),) = layout
     ranks = [list(micro_batches(index, batch_size, rank, world, accumulation)) for rank in range(world)]
     assert [len(batches) for batches in ranks] == [30 * accumulation] * world
     assert all(len(batch) == batch_size for batches in ranks for batch in batches)
@@ -617,7 +607,6 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch):
         trainer.open_image(header)
 
 
-@pytest.mark.xfail(strict=True, reason="struct.error or AttributeError from exif_transpose ends the run")
 def test_an_image_with_damaged_exif_is_refused_or_turned():
     entries = [(0x0100, 2, 4, b"abc\0"), (0x0112, 3, 1, b"\6\0\0\0")]  # the width is a string
     ifd = struct.pack("<H", 2) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
@@ -626,7 +615,7 @@ def test_an_image_with_damaged_exif_is_refused_or_turned():
         assert trainer.open_image(data).size == (6, 8)
 
 
-@pytest.mark.parametrize("value", [0, bug(64, "becomes white"), bug(128, "becomes white"), 255])
+@pytest.mark.parametrize("value", [0, 64, 128, 255])
 def test_sixteen_bit_grey_keeps_its_brightness(value):
     image = Image.fromarray(np.full((4, 4), value * 257, np.uint16))
     assert trainer.open_image(encode(image)).getpixel((0, 0)) == (value, value, value)
@@ -713,7 +702,10 @@ def test_crop_and_flip_are_functions_of_image_and_step_and_the_noise_seed_of_the
     path, seen = turned_shard
     resized = seen.resize((16, 24), Image.Resampling.LANCZOS)
     mirrored = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    make = lambda: trainer.ImageDataset(index_of_shard(path), 3, 16, "random_ar", True, "lanczos")  # noqa: E731
+
+    def make():
+        return trainer.ImageDataset(index_of_shard(path), 3, 16, "random_ar", True, "lanczos")
+
     dataset, flips = make(), 0
     for step in range(40):
         item, again, elsewhere = dataset[0, 0, step, 5], make()[0, 0, step, 5], dataset[0, 0, step, 6]
@@ -749,6 +741,21 @@ def test_a_batch_has_pixels_from_minus_one_to_one_and_float_sizes(tmp_path):
     assert batch["keys"] == ["black", "white"] and len(set(batch["sample_seeds"])) == 2
 
 
+def test_reading_an_image_folder_does_not_keep_every_file_open(tmp_path):
+    rows = []
+    for i in range(40):
+        data = encode(noise_image(i))
+        (tmp_path / f"{i}.png").write_bytes(data)
+        path = str(tmp_path / f"{i}.png")
+        rows.append({"key": path, "image_id": path, "caption": "x", "labels": [], "path": path})
+        rows[-1] |= {"offset": 0, "size": len(data)}
+    index = trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
+    dataset = trainer.ImageDataset(index, 0, 8, "center", False, "box")
+    before = len(os.listdir("/proc/self/fd"))
+    assert [dataset[i, -1, 0, 0]["keys"] for i in range(40)] == [row["key"] for row in rows]
+    assert len(os.listdir("/proc/self/fd")) - before < 20
+
+
 @pytest.fixture
 def partly_damaged(tmp_path):
     labels = {"bad": "mew", "mew 1": "mew", "mew 2": "mew", "only": "pichu", "other": "abra"}
@@ -772,7 +779,6 @@ def test_a_damaged_image_is_replaced_by_one_of_its_species_always_the_same(partl
     assert replacements == {"mew 1", "mew 2"}
 
 
-@pytest.mark.xfail(strict=True, reason="the damaged image may be drawn again as its own replacement")
 def test_a_damaged_image_is_reported_once(partly_damaged):
     mew = partly_damaged.label_names.index("mew")
     for seed in range(12):
@@ -801,13 +807,11 @@ def test_damage_met_in_training_is_written_once_and_counted_against_the_limit(tm
         note_skipped(index, tmp_path, entries, limit=0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="entries of one call are not compared with each other")
 def test_a_sample_skipped_twice_in_one_step_is_one_damaged_sample(tmp_path):
     entry = {"shard": "a.tar", "key": "p", "reason": "cannot decode image"}
     assert note_skipped(index_of([[]] * 20), tmp_path, [entry, entry]) == [entry]
 
 
-@pytest.mark.xfail(strict=True, reason="the damage of all shards is compared with the chosen samples only")
 def test_damage_is_counted_against_all_samples_also_with_max_train_samples(tmp_path):
     shard = write_shard(tmp_path / "a.tar", [sample(key) for key in KEYS[:9]] + [sample("bad", txt=b"")])
     index = load_index([shard], tmp_path, max_train_samples=3, max_bad_fraction=0.15)

@@ -243,7 +243,6 @@ def test_loading_makes_fp32_of_the_committed_weights(load):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in models.unet.state_dict().items())
 
 
-@pytest.mark.xfail(strict=True, reason="a snapshot that predicts the sample is trained on the velocity")
 def test_a_prediction_type_that_is_not_known_is_refused(load):
     models, batch = load(), make_batch()
     models.noise_scheduler.register_to_config(prediction_type="sample")

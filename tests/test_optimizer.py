@@ -44,7 +44,6 @@ def test_prodigy_finds_its_own_step():
     assert 0 < first < step(optimizer, parameters, steps=20)[0] / 20
 
 
-@pytest.mark.xfail(strict=True, reason="Prodigy takes one learning rate only: crashes in its first step")
 def test_prodigy_trains_the_encoders_too():
     optimizer, parameters = make("prodigy", scales=(1.0, 0.3), learning_rate=1.0)
     assert min(step(optimizer, parameters)) > 0

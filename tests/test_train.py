@@ -223,7 +223,13 @@ def test_damaged_samples_are_listed_and_too_many_end_the_run(flags, world, tmp_p
 @pytest.mark.slow
 def test_the_shipped_accelerate_config_starts_two_processes_and_forwards_sigterm(flags, tmp_path):
     argv = [str(a) for a in [*flags, "--max_train_steps", 400, "--output_dir", tmp_path / "run"]]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/ddp.yaml"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs/ddp.yaml",
+    ]
     launch += ["--num_processes", "2", "--main_process_port", str(free_port()), ROOT / "train_sdxl_lora.py", *argv]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
