@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 test: test-quick test-slow
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1381,44 +1381,13 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 # Flags that change what is learned: they must be the same when a run is resumed. All others may differ.
-MATHEMATICS = [
-    "stage",
-    "rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_dora",
-    "use_rslora",
-    "train_text_encoder",
-    "text_encoder_rank",
-    "text_encoder_alpha",
-    "vae_precision",
-    "max_train_samples",
-    "resolution",
-    "crop",
-    "random_flip",
-    "image_interpolation_mode",
-    "species_key",
-    "species_choice",
-    "species_mix",
-    "species_mix_schedule",
-    "caption_dropout_rate",
-    "dropped_caption",
-    "snr_gamma",
-    "prediction_type",
-    "noise_offset",
-    "optimizer",
-    "learning_rate",
-    "text_encoder_lr_scale",
-    "scale_lr",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_weight_decay",
-    "adam_epsilon",
-    "max_grad_norm",
-]
+MATHEMATICS = """
+    stage rank lora_alpha lora_dropout lora_target_modules use_dora use_rslora train_text_encoder text_encoder_rank
+    text_encoder_alpha vae_precision max_train_samples resolution crop random_flip image_interpolation_mode species_key
+    species_choice species_mix species_mix_schedule caption_dropout_rate dropped_caption snr_gamma prediction_type
+    noise_offset optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps adam_beta1
+    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+""".split()
 
 
 @dataclass
@@ -1448,14 +1417,11 @@ def make_law(args, accelerator, index, mix):
 
 def check_law(saved, current):
     """Errors: InputError naming each flag that differs, with both values."""
-    different = [f"--{k}: {saved.get(k)!r} then, {v!r} now" for k, v in current.items() if saved.get(k) != v]
+    names = {k: f"--{k}" if k in MATHEMATICS else k.replace("_", " ") for k in current}
+    different = [f"{names[k]}: {saved.get(k)!r} then, {v!r} now" for k, v in current.items() if saved.get(k) != v]
     if different:
-        raise InputError(
-            "--resume_from_checkpoint: the run would not be the same; "
-            + "; ".join(different)
-            + "; give the values of then, "
-            "or another --output_dir"
-        )
+        remedy = "give the values of then, or another --output_dir"
+        raise InputError(f"--resume_from_checkpoint: not the same run: {'; '.join(different)}; {remedy}")
 
 
 def adapter_state_dict(trained):
@@ -1465,9 +1431,8 @@ def adapter_state_dict(trained):
         for key, tensor in get_peft_model_state_dict(model).items():
             if name != "unet":
                 key = "text_model." + key.removeprefix("text_model.")
-                key = key.replace(
-                    "lora_magnitude_vector", "lora_magnitude_vector.weight"
-                )  # as transformers reads DoRA
+                # transformers reads DoRA's magnitudes under this name
+                key = key.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")
             state[f"{name}.{key}"] = tensor.detach().float().cpu().contiguous()
     return state
 

@@ -339,7 +339,7 @@ def train_base_colour(output_dir):
     optimize_base(output_dir, unet, text_encoders, steps=2000, lr=1e-3)
 
 
-def train_refiner(output_dir, steps=1500, batch_size=64):
+def train_refiner(output_dir, steps=1300, batch_size=64):
     torch.manual_seed(3)
     latents, tokenizers, token_ids, ids, scores = prepare_latents(output_dir, 6000, seed=301)
     text_encoder = load_frozen(output_dir, CLIPTextModelWithProjection, "text_encoder_2")
@@ -373,7 +373,7 @@ def shuffled_phrases(rng, caption):
     return ", ".join([species, *rest])
 
 
-def train_clip(output_dir, steps=1500, batch_size=128):
+def train_clip(output_dir, steps=1100, batch_size=128):
     torch.manual_seed(4)
     folder = output_dir / "clip"
     pixels, captions, *_ = draw_many(12000, seed=401, species=SPECIES)

@@ -93,9 +93,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(flags, tmp_path):
     "change, named",
     [
         (["--rank", 3], "--rank: 2 then, 3 now"),
-        (["--train_batch_size", 4], "--global_batch: 2 then, 4 now"),
+        (["--train_batch_size", 4], "global batch: 2 then, 4 now"),
         (["--seed", 8], "--seed: 7 then, 8 now"),
-        (["--max_train_samples", 20], "--dataset"),
+        (["--max_train_samples", 20], "--max_train_samples: None then, 20 now"),
     ],
 )
 def test_resuming_with_other_mathematics_names_the_flag_and_both_values(flags, tmp_path, change, named):
