@@ -9,8 +9,10 @@ know them all.
 """
 
 import argparse
+import colorsys
 import copy
 import json
+import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +78,10 @@ def optimize(parameters, loss_at, steps, lr, name, ema_of=()):
 
 def random_species(rng):
     """A creature nobody has named: the VAE learns from these, so that it favours no species."""
-    colours = [tuple(int(c) for c in rng.integers(20, 251, 3)) for _ in range(2)]
+    hues, values = rng.random(2), rng.uniform(0.3, 1.0, 2)
+    colours = [
+        tuple(int(255 * c) for c in colorsys.hsv_to_rgb(h, rng.uniform(0.4, 1), v)) for h, v in zip(hues, values)
+    ]
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
     return replace(
         SPECIES[0],
@@ -99,24 +104,26 @@ def resize_and_crop(image, rng):
     return np.asarray(image.crop((left, top, left + RESOLUTION, top + RESOLUTION))), (top, left)
 
 
+def draw_one(n, seed, species):
+    """(picture (64, 64, 3) uint8, scene, original (h, w) + crop (top, left), score); a function of (seed, n)."""
+    rng = np.random.default_rng((seed, n))
+    if species is None:
+        creature = random_species(rng)
+        scene = replace(sample_scene(rng, creature), creatures=(creature,))
+    else:
+        scene = sample_scene(rng, species[n % len(species)], species)
+    width, height = sample_canvas(rng)
+    picture, crop = resize_and_crop(draw_scene(scene, rng, width, height), rng)
+    return picture, scene, (height, width, *crop), aesthetic_of(scene, rng)
+
+
 def draw_many(count, seed, species=PRETRAINED):
     """(pictures (n, 3, 64, 64) uint8, captions, scenes, original (h, w) + crop (top, left) (n, 4), scores (n,))."""
-    pixels, captions, scenes, ids, scores = [], [], [], [], []
-    for n in range(count):
-        rng = np.random.default_rng((seed, n))
-        if species is None:
-            creature = random_species(rng)
-            scene = replace(sample_scene(rng, creature), creatures=(creature,))
-        else:
-            scene = sample_scene(rng, species[n % len(species)], species)
-        width, height = sample_canvas(rng)
-        picture, crop = resize_and_crop(draw_scene(scene, rng, width, height), rng)
-        pixels.append(picture)
-        captions.append(scene.caption())
-        scenes.append(scene)
-        ids.append((height, width, *crop))
-        scores.append(aesthetic_of(scene, rng))
+    with multiprocessing.get_context("fork").Pool() as pool:
+        jobs = ((n, seed, species) for n in range(count))
+        pixels, scenes, ids, scores = zip(*pool.starmap(draw_one, jobs, chunksize=100))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    captions = [scene.caption() for scene in scenes]
     return pixels, captions, scenes, torch.tensor(ids, dtype=torch.float32), torch.tensor(scores)
 
 
@@ -173,12 +180,18 @@ def reconstruction_loss(y, x):
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 2 * colour.abs().mean()
 
 
-def optimize_vae(vae, loss, steps, lr, batch_size=16):
-    """Trains `vae` on creatures of random looks with loss(reconstruction, picture) + a little KL, in place."""
-    pixels = draw_many(6000, seed=101, species=None)[0]
+def optimize_vae(vae, loss, steps, lr, permute=False, batch_size=16):
+    """Trains `vae` on creatures of random looks with loss(reconstruction, picture) + a little KL, in place.
+
+    With `permute`, each picture has its colour channels in random order, so that no colour axis is worth more.
+    """
+    pixels = draw_many(5000, seed=101, species=None)[0]
 
     def loss_at(step):
         x = to_pixel_values(pixels[torch.randint(len(pixels), (batch_size,))])
+        if permute:
+            orders = torch.rand(batch_size, 3).argsort(dim=1)[:, :, None, None].expand_as(x)
+            x = x.gather(1, orders)
         posterior = vae.encode(x).latent_dist
         kl = posterior.kl().mean() / (RESOLUTION * RESOLUTION)
         return loss(vae.decode(posterior.sample()).sample, x) + 1e-5 * kl
@@ -213,10 +226,10 @@ def train_vae(output_dir):
 
 
 def train_vae_colour(output_dir):
-    """Goes on with the VAE under reconstruction_loss: the first training had lost red and green."""
+    """Goes on with the VAE, which had lost red and green: the drawn backgrounds vary from blue to yellow only."""
     torch.manual_seed(6)
     vae = load_frozen(output_dir, AutoencoderKL, "vae").requires_grad_(True).train()
-    optimize_vae(vae, reconstruction_loss, steps=2000, lr=2e-3)
+    optimize_vae(vae, reconstruction_loss, steps=1500, lr=2.5e-3, permute=True)
     save_vae(vae, output_dir)
 
 
@@ -262,6 +275,15 @@ def encode_latents(vae, pixels):
     return torch.cat([d.mean for d in dists]) * scale, torch.cat([d.std for d in dists]) * scale
 
 
+def reconstruct(vae, pixels):
+    """`pixels` (n, 3, 64, 64) uint8 through encoder and decoder."""
+    with torch.no_grad():
+        decoded = [
+            vae.decode(vae.encode(to_pixel_values(chunk)).latent_dist.mode()).sample for chunk in pixels.split(64)
+        ]
+    return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def load_frozen(output_dir, model_class, name):
     return (
         model_class.from_pretrained(output_dir / "sdxl" / name, torch_dtype=torch.float32).requires_grad_(False).eval()
@@ -290,7 +312,7 @@ def make_ddpm():
 
 def optimize_base(output_dir, unet, text_encoders, steps, lr, batch_size=64):
     """Trains UNet and both encoders together on the denoising loss, in place, and saves them."""
-    latents, tokenizers, token_ids, ids, _ = prepare_latents(output_dir, 11000, seed=201)
+    latents, tokenizers, token_ids, ids, _ = prepare_latents(output_dir, 9000, seed=201)
     scheduler = make_ddpm()
     target_size = torch.full((batch_size, 2), float(RESOLUTION))
 
@@ -336,12 +358,12 @@ def train_base_colour(output_dir):
     parts = ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
     parts += ((CLIPTextModelWithProjection, "text_encoder_2"),)
     unet, *text_encoders = (load_frozen(output_dir, c, name).requires_grad_(True).train() for c, name in parts)
-    optimize_base(output_dir, unet, text_encoders, steps=2000, lr=1e-3)
+    optimize_base(output_dir, unet, text_encoders, steps=1500, lr=1e-3)
 
 
-def train_refiner(output_dir, steps=1300, batch_size=64):
+def train_refiner(output_dir, steps=800, batch_size=64):
     torch.manual_seed(3)
-    latents, tokenizers, token_ids, ids, scores = prepare_latents(output_dir, 6000, seed=301)
+    latents, tokenizers, token_ids, ids, scores = prepare_latents(output_dir, 4000, seed=301)
     text_encoder = load_frozen(output_dir, CLIPTextModelWithProjection, "text_encoder_2")
     unet, scheduler = make_unet((48, 96), TEXT_WIDTHS[1], 5), make_ddpm()
     empty = tokenize(tokenizers[1], [""])[0]
@@ -373,10 +395,11 @@ def shuffled_phrases(rng, caption):
     return ", ".join([species, *rest])
 
 
-def train_clip(output_dir, steps=1100, batch_size=128):
+def train_clip(output_dir, steps=900, batch_size=128):
     torch.manual_seed(4)
     folder = output_dir / "clip"
-    pixels, captions, *_ = draw_many(12000, seed=401, species=SPECIES)
+    pixels, captions, *_ = draw_many(8000, seed=401, species=SPECIES)
+    through_vae = reconstruct(load_frozen(output_dir, AutoencoderKL, "vae"), pixels)
     make_tokenizer(captions, folder, "!", vocab_size=800)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     config = copy.deepcopy(CLIP_CONFIG)
@@ -391,9 +414,9 @@ def train_clip(output_dir, steps=1100, batch_size=128):
 
     def loss_at(step):
         rows = torch.randint(len(pixels), (batch_size,))
-        shifted = torch.roll(to_pixel_values(pixels[rows]), tuple(rng.integers(-3, 4, 2)), (2, 3))
-        if step % 2:  # half the batches look like a diffusion model's output: soft and a little off in colour
-            shifted = F.avg_pool2d(shifted, 3, 1, 1) * rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08)
+        # half of what it learns from has been through the VAE, as all that it will judge
+        pictures = to_pixel_values((through_vae if step % 2 else pixels)[rows])
+        shifted = torch.roll(pictures, tuple(rng.integers(-3, 4, 2)), (2, 3))
         images = model.encode_image(shifted + 0.05 * torch.randn_like(shifted), normalize=True)
         texts = [shuffled_phrases(rng, captions[i]) for i in rows]
         logits = model.logit_scale.exp().clamp(max=100) * images @ encode_text(texts).T
@@ -434,25 +457,25 @@ class AestheticHead(nn.Module):
         return self.layers(embeddings)
 
 
-def train_aesthetic(output_dir, steps=1500, batch_size=256):
+def train_aesthetic(output_dir, steps=6000, batch_size=256):
     torch.manual_seed(5)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{output_dir / 'clip'}")
     model.eval()
-    pixels, _, _, _, scores = draw_many(8000, seed=501, species=SPECIES)
+    pixels, _, _, _, scores = draw_many(5000, seed=501, species=SPECIES)
     with torch.no_grad():
         embeddings = torch.cat(
             [model.encode_image(to_pixel_values(chunk), normalize=True) for chunk in pixels.split(200)]
         )
     scores = scores[:, None].float() / 10
-    train, held_out = slice(0, 7000), slice(7000, None)
+    train, held_out = slice(0, 4500), slice(4500, None)
     head = AestheticHead(embeddings.shape[1])
     head.layers[-1].bias.data.fill_(scores.mean().item())
 
     def loss_at(step):
-        rows = torch.randint(7000, (batch_size,))
+        rows = torch.randint(4500, (batch_size,))
         return F.mse_loss(head(embeddings[train][rows]), scores[rows])
 
-    optimize(list(head.parameters()), loss_at, steps, 1e-3, "aesthetic")
+    optimize(list(head.parameters()), loss_at, steps, 3e-3, "aesthetic")
     head.eval()
     with torch.no_grad():
         pair = torch.cat([head(embeddings[held_out]), scores[held_out]], dim=1).T

@@ -26,22 +26,23 @@ from world import FACINGS, PLACES, POSES, PRETRAINED, SPECIES, UNSEEN, Scene, ma
 HERE = Path(__file__).resolve().parent
 TRAINING = {
     "--resolution": 64,
-    "--train_batch_size": 32,
-    "--max_train_steps": 260,
-    "--learning_rate": 2e-3,
-    "--rank": 16,
-    "--text_encoder_rank": 8,
-    "--text_encoder_lr_scale": 0.5,
-    "--species_mix": "0.0 0.5 260",
+    "--train_batch_size": 24,
+    "--max_train_steps": 310,
+    "--learning_rate": 4e-3,
+    "--rank": 32,
+    "--lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    "--text_encoder_rank": 16,
+    "--text_encoder_lr_scale": 1.0,
+    "--species_mix": (0.0, 0.1, 310),
     "--caption_dropout_rate": 0.1,
-    "--checkpointing_steps": 130,
-    "--validation_steps": 130,
+    "--checkpointing_steps": 155,
+    "--validation_steps": 310,
     "--mixed_precision": "no",
     "--report_to": "none",
     "--seed": 0,
 }
-IMAGES_PER_UNSEEN, IMAGES_PER_PRETRAINED = 40, 20
-INFERENCE_STEPS, GUIDANCE = 15, 3.0
+IMAGES_PER_UNSEEN, IMAGES_PER_PRETRAINED = 40, 12
+INFERENCE_STEPS, GUIDANCE = 12, 3.0
 
 
 def make_panel():
@@ -187,7 +188,7 @@ def train(output_dir):
     }
     words = [str(HERE.parent / "train_sdxl_lora.py"), "--train_text_encoder", "--overwrite_output_dir"]
     for flag, value in flags.items():
-        words += [flag, *str(value).split()] if flag == "--species_mix" else [flag, str(value)]
+        words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     subprocess.run([sys.executable, "-W", "ignore", *words], check=True)
     return " ".join(["python", *words])
 

@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_names_step_and_samp
     result = run_trainer(argv, tmp_path / "run", processes=2, setup=partial(lose_a_number, 2, 1), timeout=60)
     assert result.codes == [1, 1]
     for output in result.outputs:
-        assert "loss is nan at step 3, samples " in output
+        assert "loss is nan" in output and "at step 3, samples " in output
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
 
