@@ -106,10 +106,8 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default: {shown})"
 
 
-switch = {
-    "action": argparse.BooleanOptionalAction,
-    "default": False,
-}  # --flag and --no-flag, so that a file's true can be undone
+# --flag and --no-flag, so that a file's true can be undone
+switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
 # fmt: off
@@ -372,6 +370,12 @@ def list_checkpoints(output_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def checkpoint_path(args):
+    """Folder named by --resume_from_checkpoint: a path, or as in diffusers' scripts a name inside --output_dir."""
+    path = Path(args.resume_from_checkpoint)
+    return path if path.is_dir() else Path(args.output_dir) / path.name
+
+
 def default_workers(local_world):
     """Decoding processes per device: the machine's cores shared out, one left for the trainer, at most 8."""
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
@@ -476,7 +480,7 @@ def check_paths(parser, args):
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         parser.error(f"--output_dir: {args.output_dir} is a file; give a folder")
     resume = args.resume_from_checkpoint
-    if resume and resume != "latest" and not (Path(resume) / "progress.json").is_file():
+    if resume not in (None, "", "latest") and not (checkpoint_path(args) / "progress.json").is_file():
         parser.error(f"--resume_from_checkpoint: {resume} is no checkpoint folder; give one, or `latest`")
     if not resume and not args.overwrite_output_dir and list_checkpoints(args.output_dir):
         parser.error(
@@ -1340,7 +1344,7 @@ def diffusion_loss(
 
 # Seam: the optimizer. Contract: a torch optimizer over the parameter groups, whose "lr" the schedule multiplies.
 def make_optimizer(args, groups, learning_rate):
-    """--optimizer over the groups. Errors: RuntimeError when its package is missing or cannot run here."""
+    """--optimizer over the groups. Errors: InputError when its package is missing or cannot run here."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     try:
         if args.optimizer == "adamw8bit":
@@ -1353,9 +1357,7 @@ def make_optimizer(args, groups, learning_rate):
             groups = [group | {"lr": learning_rate, "initial_lr": learning_rate} for group in groups]  # takes one only
             return prodigyopt.Prodigy(groups, lr=learning_rate, eps=args.adam_epsilon, safeguard_warmup=True, **adam)
     except ImportError as error:
-        raise RuntimeError(
-            f"--optimizer: {args.optimizer} needs a package that does not load here: {error}"
-        ) from error
+        raise InputError(f"--optimizer: {args.optimizer} needs a package that does not load here: {error}") from error
     return torch.optim.AdamW(groups, lr=learning_rate, eps=args.adam_epsilon, fused=True, **adam)
 
 
@@ -1452,20 +1454,13 @@ def load_adapter_state_dict(trained, state):
 
 def adapter_metadata(trained):
     """Rank, alpha and kind per model, as diffusers reads them from the file's header."""
+    fields = "r lora_alpha lora_dropout target_modules use_dora use_rslora layers_to_transform".split()
     metadata = {}
     for name, model in trained.items():
-        config = model.peft_config["default"]
-        known = {
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "target_modules": sorted(config.target_modules),
-            "use_dora": config.use_dora,
-            "use_rslora": config.use_rslora,
-        }
-        if config.layers_to_transform is not None:
-            known["layers_to_transform"] = list(config.layers_to_transform)
-        metadata |= {f"{name}.{key}": value for key, value in known.items()}
+        known = {key: getattr(model.peft_config["default"], key) for key in fields}
+        for key, value in known.items():
+            if value is not None:
+                metadata[f"{name}.{key}"] = sorted(value) if isinstance(value, (set, list)) else value
     return metadata
 
 
@@ -1474,11 +1469,8 @@ def kohya_state_dict(trained):
 
     kohya's scale is alpha / rank: for rsLoRA, whose scale is alpha / sqrt(rank), alpha * sqrt(rank) is written.
     """
-    renamed = {
-        "lora_A.weight": "lora_down.weight",
-        "lora_B.weight": "lora_up.weight",
-        "lora_magnitude_vector": "dora_scale",
-    }
+    renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    renamed["lora_magnitude_vector"] = "dora_scale"
     state = {}
     for key, tensor in adapter_state_dict(trained).items():
         name, _, rest = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".")
@@ -1563,9 +1555,7 @@ def save_checkpoint(accelerator, output_dir, progress, keep=None):
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for leftover in partial.glob(
-            "random_states_*"
-        ):  # there is no per-rank state: every draw is a function of the step
+        for leftover in partial.glob("random_states_*"):  # no per-rank state: every draw is a function of the step
             leftover.unlink()
         write_file(partial / "progress.json", (json.dumps(vars(progress), indent=1) + "\n").encode())
         sums = {}
@@ -1624,7 +1614,7 @@ def find_checkpoint(args):
     if args.resume_from_checkpoint == "latest":
         folders = [path for _, path in reversed(list_checkpoints(args.output_dir))]
     else:
-        folders = [Path(args.resume_from_checkpoint)]
+        folders = [checkpoint_path(args)]
     for folder in folders:
         fault = verify_checkpoint(folder)
         if fault is None:
@@ -1646,10 +1636,9 @@ def clear_output_dir(output_dir):
 def trim_metrics(path, step):
     """Cuts the rows after `step` from metrics.jsonl, so that none appears twice after a resume."""
     if path.exists():
-        rows = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        write_file(path, "".join(row + "\n" for row in rows).encode())
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        write_file(path, "".join(line + "\n" for line in kept).encode())
 
 
 # ------------------------------------------------------------------------------
@@ -1874,7 +1863,7 @@ def train_step(run, batch):
 
 
 def check_gradients(trained):
-    """Errors: RuntimeError naming the trainable parameters that got no gradient."""
+    """Errors: InputError naming the trainable parameters that got no gradient."""
     lost = [
         f"{name}.{n}"
         for name, m in trained.items()
@@ -1882,7 +1871,7 @@ def check_gradients(trained):
         if p.requires_grad and p.grad is None
     ]
     if lost:
-        raise RuntimeError(f"--lora_target_modules: no gradient reaches {', '.join(lost[:3])}; leave such layers out")
+        raise InputError(f"--lora_target_modules: no gradient reaches {', '.join(lost[:3])}; leave such layers out")
 
 
 def agree(run, losses, grad_norm, keys, skipped):
@@ -1936,9 +1925,8 @@ def log_metrics(run, bar, grad_norm, last_log):
 def train(run):
     """Trains to max_train_steps or until told to stop; returns the last metrics."""
     args, accelerator, progress = run.args, run.accelerator, run.progress
-    bar = tqdm(
-        total=run.max_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process, unit="step"
-    )
+    quiet = not accelerator.is_local_main_process
+    bar = tqdm(total=run.max_train_steps, initial=progress.step, disable=quiet, unit="step")
     metrics, last_log, stopping = {}, (progress.step, time.time()), False
     losses, keys, skipped = [], [], []
     for batch in run.loader:
@@ -2027,9 +2015,9 @@ def make_accelerator(args):
     )
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
-        raise RuntimeError(
-            f"the launcher started {expected} processes but they form a world of {accelerator.num_processes}; "
-            "without a GPU set ACCELERATE_USE_CPU=true"
+        raise InputError(
+            f"--num_processes: the launcher started {expected} processes but they form a world of "
+            f"{accelerator.num_processes}; without a GPU set ACCELERATE_USE_CPU=true"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise InputError(
@@ -2123,15 +2111,9 @@ def save_run(args, progress, index):
 def init_trackers(accelerator, args, progress):
     """Starts the trackers; a resumed run goes on in the same W&B run and the same metrics.jsonl."""
     flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
-    options = {
-        "wandb": {
-            "id": progress.run_id,
-            "resume": "allow",
-            "name": Path(args.output_dir).name,
-            "dir": args.output_dir,
-        },
-        "tensorboard": {"purge_step": progress.step + 1},
-    }
+    options = {"tensorboard": {"purge_step": progress.step + 1}}
+    options["wandb"] = {"id": progress.run_id, "resume": "allow", "name": Path(args.output_dir).name}
+    options["wandb"]["dir"] = args.output_dir
     accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
 
 

@@ -388,14 +388,14 @@ CLIP_CONFIG = {
 }
 
 
-def shuffled_phrases(rng, caption):
+def shortened(rng, caption):
     """The species and a random part of the rest, so that the CLIP also understands short prompts."""
-    species, *rest = caption.split(", ")
-    rest = [phrase for phrase in rest if rng.random() < 0.5]
-    return ", ".join([species, *rest])
+    species, *scene, quality = caption.split(", ")
+    phrases = [phrase for phrase in scene if rng.random() < 0.5] + [quality] * (rng.random() < 0.8)
+    return ", ".join([species, *phrases])
 
 
-def train_clip(output_dir, steps=900, batch_size=128):
+def train_clip(output_dir, steps=1300, batch_size=128):
     torch.manual_seed(4)
     folder = output_dir / "clip"
     pixels, captions, *_ = draw_many(8000, seed=401, species=SPECIES)
@@ -417,8 +417,8 @@ def train_clip(output_dir, steps=900, batch_size=128):
         # half of what it learns from has been through the VAE, as all that it will judge
         pictures = to_pixel_values((through_vae if step % 2 else pixels)[rows])
         shifted = torch.roll(pictures, tuple(rng.integers(-3, 4, 2)), (2, 3))
-        images = model.encode_image(shifted + 0.05 * torch.randn_like(shifted), normalize=True)
-        texts = [shuffled_phrases(rng, captions[i]) for i in rows]
+        images = model.encode_image(shifted + 0.02 * torch.randn_like(shifted), normalize=True)
+        texts = [shortened(rng, captions[i]) for i in rows]
         logits = model.logit_scale.exp().clamp(max=100) * images @ encode_text(texts).T
         same = torch.tensor([[a == b for b in texts] for a in texts]).float()
         target = same / same.sum(dim=1, keepdim=True)

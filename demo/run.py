@@ -21,22 +21,22 @@ import open_clip
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw
-from world import FACINGS, PLACES, POSES, PRETRAINED, SPECIES, UNSEEN, Scene, make_dataset
+from world import FACINGS, PLACES, POSES, PRETRAINED, SPECIES, UNSEEN, Scene, draw_scene, make_dataset
 
 HERE = Path(__file__).resolve().parent
 TRAINING = {
     "--resolution": 64,
     "--train_batch_size": 24,
-    "--max_train_steps": 310,
+    "--max_train_steps": 380,
     "--learning_rate": 4e-3,
     "--rank": 32,
     "--lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     "--text_encoder_rank": 16,
     "--text_encoder_lr_scale": 1.0,
-    "--species_mix": (0.0, 0.1, 310),
+    "--species_mix": (0.0, 0.1, 380),
     "--caption_dropout_rate": 0.1,
-    "--checkpointing_steps": 155,
-    "--validation_steps": 310,
+    "--checkpointing_steps": 190,
+    "--validation_steps": 380,
     "--mixed_precision": "no",
     "--report_to": "none",
     "--seed": 0,
@@ -46,12 +46,12 @@ INFERENCE_STEPS, GUIDANCE = 12, 3.0
 
 
 def make_panel():
-    """[(species, prompt, seed)]: single creatures in every kind of scene, the same for every model under test."""
+    """[(scene, seed)]: single creatures in every kind of scene, the same for every model under test."""
     panel = []
     for number, species in enumerate(SPECIES):
         for i in range(IMAGES_PER_PRETRAINED if species.pretrained else IMAGES_PER_UNSEEN):
             scene = Scene((species,), PLACES[i % 5], POSES[i // 5 % 2], FACINGS[i // 10 % 2], finish=0.9)
-            panel.append((species, scene.caption(), 1000 * number + i))
+            panel.append((scene, 1000 * number + i))
     return panel
 
 
@@ -61,12 +61,12 @@ def generate(pipeline, panel, batch_size=55):
     for start in range(0, len(panel), batch_size):
         chunk = panel[start : start + batch_size]
         images += pipeline(
-            [prompt for _, prompt, _ in chunk],
+            [scene.caption() for scene, _ in chunk],
             height=64,
             width=64,
             num_inference_steps=INFERENCE_STEPS,
             guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(seed) for _, _, seed in chunk],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
             output_type="np",
         ).images.tolist()
     return (np.array(images) * 255).round().astype(np.uint8)
@@ -99,11 +99,12 @@ def wilson(right, total, z=1.96):
 
 def score(panel, named):
     """{"unseen" | "pretrained" | species: {"right", "images", "share", "low", "high"}}."""
-    right = np.array([SPECIES[n] is species for n, (species, _, _) in zip(named, panel)])
+    prompted = [scene.creatures[0] for scene, _ in panel]
+    right = np.array([SPECIES[n] is species for n, species in zip(named, prompted)])
     groups = {"unseen": UNSEEN, "pretrained": PRETRAINED} | {s.name: (s,) for s in SPECIES}
     scores = {}
     for group, members in groups.items():
-        mask = np.array([species in members for species, _, _ in panel])
+        mask = np.array([species in members for species in prompted])
         share, low, high = wilson(int(right[mask].sum()), int(mask.sum()))
         scores[group] = {
             "right": int(right[mask].sum()),
@@ -123,24 +124,24 @@ def load_pipeline(lora=None):
     return pipeline
 
 
-def draw_before_after(panel, before, after, path, columns=8, tile=96):
-    """The unseen species, two rows each model: above what the base draws for a name, below with the LoRA."""
-    margin, label = 76, 18
-    rows = [("never seen", UNSEEN), ("pretrained", PRETRAINED[:3])]
-    species = [s for _, group in rows for s in group][:columns]
-    sheet = Image.new("RGB", (margin + len(species) * tile, label + 4 * tile + 8), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, s in enumerate(species):
-        chosen = [i for i, (other, _, _) in enumerate(panel) if other is s][1:3]
-        draw.text((margin + column * tile + 4, 3), s.name + ("" if s.pretrained else " *"), fill="black")
-        for r, (images, i) in enumerate(
-            [(before, chosen[0]), (before, chosen[1]), (after, chosen[0]), (after, chosen[1])]
-        ):
-            picture = Image.fromarray(images[i]).resize((tile - 2, tile - 2), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (margin + column * tile, label + r * tile + (8 if r >= 2 else 0)))
-    for r, text in enumerate(["base", "with LoRA"]):
-        draw.text((6, label + (2 * r + 1) * tile - 6 + 8 * r), text, fill="black")
-    draw.text((6, 3), "* never seen", fill="gray")
+def draw_before_after(panel, before, after, path, tile=96, margin=76, header=18, gap=8):
+    """A column per species: what it looks like, then two pictures by the base, and the same two with the LoRA."""
+    columns = [*UNSEEN, *PRETRAINED[:3]]
+    labels = ["drawn", "base", "", "with LoRA", ""]
+    tops = [header + r * tile + gap * (r + 1) // 2 for r in range(len(labels))]
+    sheet = Image.new("RGB", (margin + len(columns) * tile, tops[-1] + tile), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, 3), "* never seen", fill="gray")
+    for top, label in zip(tops, labels):
+        pen.text((6, top + tile // 2 - 6), label, fill="black")
+    for column, species in enumerate(columns):
+        left = margin + column * tile
+        pen.text((left + 4, 3), species.name + ("" if species.pretrained else " *"), fill="black")
+        first, second = [i for i, (scene, _) in enumerate(panel) if scene.creatures[0] is species][:2]
+        drawn = draw_scene(panel[first][0], np.random.default_rng(0), tile, tile)
+        pictures = [drawn, *(Image.fromarray(images[i]) for images in (before, after) for i in (first, second))]
+        for top, picture in zip(tops, pictures):
+            sheet.paste(picture.resize((tile - 2, tile - 2), Image.Resampling.BICUBIC), (left, top))
     sheet.save(path)
 
 

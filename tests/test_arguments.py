@@ -262,6 +262,7 @@ REFUSED = [
     ("--validation_prompts no_prompt.jsonl", "validation_prompts", "prompt"),
     ("--resume_from_checkpoint empty", "resume_from_checkpoint", "no checkpoint"),
     ("--resume_from_checkpoint nowhere", "resume_from_checkpoint", "no checkpoint"),
+    ("--resume_from_checkpoint checkpoint-7 --output_dir used", "resume_from_checkpoint", "no checkpoint"),
     ("--output_dir a.tar", "output_dir", "is a file"),
     ("--hub_token secret --report_to wandb", "hub_token", "hf auth login"),
     ("--species_csv negative.csv", "species_csv", "-3"),

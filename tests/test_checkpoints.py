@@ -65,6 +65,14 @@ def test_the_comparison_would_notice_another_seed(flags, tmp_path):
         assert_same_run(one, two, step=4)
 
 
+def test_a_checkpoint_is_also_found_by_its_name_in_the_output_dir_as_in_diffusers(flags, tmp_path):
+    assert_ok(run_trainer([*flags, "--checkpointing_steps", 2], tmp_path / "run"))
+    whole = (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes()
+    again = assert_ok(run_trainer([*flags, "--resume_from_checkpoint", "checkpoint-2"], tmp_path / "run"))
+    assert re.search(r"resumed from .*run/checkpoint-2", again.output)
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes() == whole
+
+
 def test_files_depend_on_neither_path_nor_workers(flags, tmp_path):
     assert_ok(run_trainer(flags, tmp_path / "a"))
     assert_ok(run_trainer([*flags, "--dataloader_num_workers", 2], tmp_path / "elsewhere"))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train_sdxl_lora import make_lr_schedule, make_optimizer, make_parameter_groups, set_learning_rate
+from train_sdxl_lora import InputError, make_lr_schedule, make_optimizer, make_parameter_groups, set_learning_rate
 
 FLAGS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.03, "adam_epsilon": 1e-7}
 
@@ -52,7 +52,7 @@ def test_prodigy_trains_the_encoders_too():
 def test_adamw8bit_takes_a_step_or_says_which_flag_is_at_fault():
     try:
         optimizer, parameters = make("adamw8bit")
-    except RuntimeError as error:
+    except InputError as error:
         assert "--optimizer" in str(error)
         return
     assert type(optimizer).__name__ == "AdamW8bit"
@@ -63,7 +63,7 @@ def test_adamw8bit_takes_a_step_or_says_which_flag_is_at_fault():
 def test_a_missing_package_is_an_error_that_names_the_flag(monkeypatch):
     for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(RuntimeError, match=f"--optimizer: {name}"):
+        with pytest.raises(InputError, match=f"--optimizer: {name}"):
             make(name)
 
 
