@@ -94,7 +94,7 @@ def wilson(right, total, z=1.96):
     share, z2 = right / total, z * z
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    return share, middle - half, middle + half
+    return share, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def score(panel, named):
@@ -155,24 +155,26 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
        color-scheme: light dark }}
-img {{ max-width: 100%; image-rendering: auto }} table {{ border-collapse: collapse; width: 100% }}
+h1 {{ font-size: 1.6rem; line-height: 1.2 }} img {{ width: 100% }} table {{ border-collapse: collapse; width: 100% }}
 td, th {{ padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #8884 }}
-td.n {{ font-variant-numeric: tabular-nums }}
+td {{ font-variant-numeric: tabular-nums }} small {{ opacity: .7; white-space: nowrap }}
 </style>
 <h1>A LoRA teaches the toy SDXL five species it never saw</h1>
-<p>Share of pictures in which the demo's CLIP names the prompted species among 16 (95 % interval):</p>
+<img src="before_after.png" alt="what each species looks like, pictures of the base model, pictures with the LoRA">
+<h2>Right pictures</h2>
+<p>Share of pictures in which the demo's CLIP names the prompted species among 16, with its 95 % interval.</p>
 <table><tr><th>species<th>base<th>with LoRA</tr>{rows}</table>
-<h2>Before and after</h2><img src="before_after.png" alt="pictures of the base model above those with the LoRA">
-<h2>The run</h2><pre style="overflow-x:auto">{command}</pre><p>{facts}</p></html>
+<h2>The run</h2><p>{facts}</p><pre style="overflow-x:auto">{command}</pre></html>
 """
 
 
 def write_report(output_dir, before, after, command, facts):
-    rows = ""
-    for group in ["unseen", "pretrained", *(s.name for s in UNSEEN), *(s.name for s in PRETRAINED)]:
-        rows += (
-            f"<tr><td>{html.escape(group)}<td class=n>{percent(before[group])}<td class=n>{percent(after[group])}</tr>"
-        )
+    def cell(s):
+        interval = f"{100 * s['low']:.0f}–{100 * s['high']:.0f} % of {s['images']}"
+        return f"<td>{100 * s['share']:.0f} % <small>{interval}</small>"
+
+    groups = ["unseen", "pretrained", *(s.name for s in UNSEEN), *(s.name for s in PRETRAINED)]
+    rows = "".join(f"<tr><td>{html.escape(g)}{cell(before[g])}{cell(after[g])}</tr>" for g in groups)
     page = PAGE.format(rows=rows, command=html.escape(command), facts=html.escape(facts))
     (output_dir / "report.html").write_text(page, encoding="utf-8")
 
