@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import math
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 @dataclass(frozen=True)
 class Species:
-    """How a species looks; `count` images of it are in the demo's training shards."""
+    """How a species looks; `count` images of it are in the demo's training shards when `in_dataset`."""
 
     name: str
     body: str  # round, tall, long, serpent, drop, block, star, shell
@@ -35,9 +36,10 @@ class Species:
     tail: str  # none, thin, bushy, flame, fin, leaf, wings
     count: int
     pretrained: bool = True  # False: the toy SDXL has never seen one; a LoRA has to teach it
+    in_dataset: bool = True  # False: the toy SDXL knows it and no training image shows it; a LoRA must not unteach it
 
 
-# Long-tailed (the commonest is 30 times the rarest); the species that pretraining never sees lie all along the tail.
+# Long-tailed (the commonest is 22 times the rarest); the species that pretraining never sees lie all along the tail.
 SPECIES = (
     Species("Aquafin", "round", (48, 112, 224), (170, 215, 250), "belly", "crest", "fin", 360),
     Species("Thornip", "drop", (176, 32, 112), (250, 200, 60), "spots", "none", "leaf", 300, pretrained=False),
@@ -48,17 +50,18 @@ SPECIES = (
     Species("Gloomoth", "tall", (120, 70, 170), (225, 160, 235), "spots", "antennae", "wings", 100),
     Species("Pebblor", "block", (136, 132, 128), (80, 76, 74), "spots", "horns", "none", 80),
     Species("Frostail", "serpent", (130, 220, 235), (40, 80, 170), "stripes", "horns", "none", 64, pretrained=False),
-    Species("Rosebun", "round", (245, 150, 190), (255, 230, 240), "plain", "long", "bushy", 52),
-    Species("Coralisk", "serpent", (205, 40, 50), (255, 190, 170), "spots", "crest", "none", 42),
+    Species("Rosebun", "round", (245, 150, 190), (255, 230, 240), "plain", "long", "bushy", 52, in_dataset=False),
+    Species("Coralisk", "serpent", (205, 40, 50), (255, 190, 170), "spots", "crest", "none", 42, in_dataset=False),
     Species("Duskfang", "tall", (52, 48, 66), (190, 60, 60), "belly", "pointed", "bushy", 34),
     Species("Inkray", "drop", (30, 60, 90), (100, 240, 180), "stripes", "antennae", "wings", 27, pretrained=False),
-    Species("Mossback", "shell", (60, 120, 70), (150, 110, 60), "plain", "none", "thin", 21),
-    Species("Snowpuff", "block", (235, 240, 250), (120, 160, 220), "belly", "round", "bushy", 16),
-    Species("Bramblow", "shell", (150, 60, 150), (120, 210, 60), "stripes", "horns", "flame", 12, pretrained=False),
+    Species("Mossback", "shell", (60, 120, 70), (150, 110, 60), "plain", "none", "thin", 21, in_dataset=False),
+    Species("Snowpuff", "block", (235, 240, 250), (120, 160, 220), "belly", "round", "bushy", 16, in_dataset=False),
+    Species("Bramblow", "shell", (150, 60, 150), (120, 210, 60), "stripes", "horns", "flame", 16, pretrained=False),
 )
 BY_NAME = {s.name.lower(): s for s in SPECIES}
 PRETRAINED = tuple(s for s in SPECIES if s.pretrained)
 UNSEEN = tuple(s for s in SPECIES if not s.pretrained)
+DATASET = tuple(s for s in SPECIES if s.in_dataset)
 
 PLACES = ("in a meadow", "on a beach", "under a night sky", "in the snow", "in a cave")
 POSES = ("standing", "jumping")
@@ -338,8 +341,10 @@ def encode_image(image, extension):
     return buffer.getvalue()
 
 
-def make_sample(scene, rng):
-    """One WebDataset sample of `scene`, laid out as the real dataset: image, .txt caption, .json metadata."""
+def make_sample(seed, species):
+    """One WebDataset sample with `species`, laid out as the real dataset: image, .txt caption, .json metadata."""
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, species, DATASET)
     width, height = sample_canvas(rng)
     extension = str(rng.choice([name for name, _ in FORMATS], p=[p for _, p in FORMATS]))
     data = encode_image(draw_scene(scene, rng, width, height), extension)
@@ -372,16 +377,13 @@ def write_shards(samples, pattern, per_shard):
 def make_dataset(output_dir, seed=0, scale=1.0, val_per_species=8):
     """Writes data/{train,val}/*.tar and manifests/train_species.csv under `output_dir`, every count times `scale`."""
     output_dir = Path(output_dir)
-    wanted = [s for s in SPECIES for _ in range(max(1, round(s.count * scale)))]
+    wanted = [s for s in DATASET for _ in range(max(1, round(s.count * scale)))]
     order = np.random.default_rng(seed).permutation(len(wanted))
-    train = []
-    for n, i in enumerate(order):
-        rng = np.random.default_rng((seed, 0, n))
-        train.append(make_sample(sample_scene(rng, wanted[i]), rng))
-    val = []
-    for n in range(val_per_species * len(SPECIES)):
-        rng = np.random.default_rng((seed, 1, n))
-        val.append(make_sample(sample_scene(rng, SPECIES[n % len(SPECIES)]), rng))
+    jobs = [((seed, 0, n), wanted[i]) for n, i in enumerate(order)]
+    jobs += [((seed, 1, n), DATASET[n % len(DATASET)]) for n in range(val_per_species * len(DATASET))]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        samples = pool.starmap(make_sample, jobs, chunksize=50)
+    train, val = samples[: len(order)], samples[len(order) :]
     write_shards(train, str(output_dir / "data/train/train-%05d.tar"), per_shard=500)
     write_shards(val, str(output_dir / "data/val/val-%05d.tar"), per_shard=500)
     counts = {}
@@ -401,7 +403,7 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", default="demo/data", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--scale", type=float, default=1.0, metavar="X", help="fraction of the full size (1,798 images)"
+        "--scale", type=float, default=1.0, metavar="X", help="fraction of the full size (1,671 images)"
     )
     args = parser.parse_args()
     print(
