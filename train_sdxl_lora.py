@@ -20,6 +20,7 @@ Lines that begin with "# Seam:" mark the places meant to be edited, each with it
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -34,14 +35,18 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import aiohttp
 import configargparse
 import datasets
 import diffusers
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -77,7 +82,12 @@ UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is take
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused from their header: PIL's own limit against bombs
 MAX_OPEN_FILES = 16  # shards, or images of a folder, that a worker keeps open
-INDEX_VERSION = 1  # part of the index cache's key: raise it when a column changes
+IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, before the run ends
+READ_AHEAD = 1 << 17  # bytes that indexing reads at once
+IO_THREADS = 16  # reads over the network that a process keeps under way
+STAMP_SECONDS = 60  # how often a shard on the network is asked whether it changed
+INDEX_VERSION = 2  # part of the index cache's key: raise it when a column changes
+IN_TABLE = "row of the dataset"  # in place of a path: the bytes are in a table of --dataset_name
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
@@ -145,7 +155,7 @@ def add_data_arguments(parser):
     group = parser.add_argument_group("Data", "one of --train_shards, --train_data_dir, --dataset_name")
     add = group.add_argument
     add("--train_shards", nargs="+", metavar="TAR",
-        help="WebDataset shards: .tar files, a folder of them, or a brace pattern")
+        help="WebDataset shards: .tar files, folders of them, brace patterns; also s3://, https:// and pipe:COMMAND")
     add("--val_shards", nargs="+", metavar="TAR", help="shards for the validation loss")
     add("--train_data_dir", metavar="DIR", help="image folder with metadata.jsonl (datasets' imagefolder layout)")
     add("--dataset_name", metavar="PATH|ID", help="dataset of the hub or a local one")
@@ -157,7 +167,7 @@ def add_data_arguments(parser):
     add("--max_train_samples", type=int, metavar="N", help="train on N samples only, chosen by --seed")
     add("--max_bad_fraction", type=float, default=0.05, metavar="P",
         help="end the run when more of the samples are damaged")
-    add("--cache_dir", metavar="DIR", help="for downloads and the data index; the index is in --output_dir by default")
+    add("--cache_dir", metavar="DIR", help="for downloads, shard copies and the data index; --output_dir by default")
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
     add("--crop", choices=["random_ar", "center", "bucket"],
         help="random_ar by default (refiner: center): near the middle of the long side")
@@ -300,24 +310,33 @@ def make_parser():
     return parser
 
 
-def expand_shards(patterns):
-    """Paths of the local shards meant by `patterns`: files, folders of .tar, brace patterns.
+def is_remote(path):
+    """Whether `path` is a URL or a pipe, not a file of this machine."""
+    return re.match(r"[a-z][a-z0-9]+:", path) is not None
 
-    Errors: ValueError when one matches nothing or names a file that is not there.
+
+def expand_shards(patterns):
+    """Paths and URLs of the shards meant by `patterns`: files, folders of .tar (also in a bucket), braces, pipes.
+
+    Errors: ValueError when one matches nothing or names a local file that is not there.
     """
     shards = []
     for pattern in patterns:
-        found = (
-            sorted(Path(pattern).glob("*.tar")) if Path(pattern).is_dir() else [Path(p) for p in expand_urls(pattern)]
-        )
+        if Path(pattern).is_dir():
+            found = sorted(map(str, Path(pattern).glob("*.tar")))
+        elif is_remote(pattern) and not pattern.startswith(("pipe:", "http")) and "." not in Path(pattern).name:
+            filesystem, folder = fsspec.url_to_fs(pattern)
+            found = [filesystem.unstrip_protocol(p) for p in sorted(filesystem.glob(folder.rstrip("/") + "/*.tar"))]
+        else:
+            found = [pattern] if pattern.startswith("pipe:") and "{" not in pattern else expand_urls(pattern)
         if not found:
             raise ValueError(f"no .tar file in {pattern}")
-        missing = [str(p) for p in found if not p.is_file()]
+        missing = [p for p in found if not is_remote(p) and not Path(p).is_file()]
         if missing:
             raise ValueError(
                 f"{pattern}: no file {missing[0]}" + (f" ({len(missing)} missing)" if len(missing) > 1 else "")
             )
-        shards += [str(p) for p in found]
+        shards += found
     return shards
 
 
@@ -383,14 +402,10 @@ def default_workers(local_world):
 
 def check_not_yet(parser, args):
     """Ends with one line for flags whose work is planned but not done."""
-    remote = re.compile(r"[a-z0-9]+:")
     planned = {
         "--stage refiner": args.stage == "refiner",
         "--refiner_unet": args.refiner_unet,
         "--text_encoder_2_lora": args.text_encoder_2_lora,
-        "--dataset_name": args.dataset_name,
-        "--train_shards from elsewhere than local disk": any(map(remote.match, args.train_shards or [])),
-        "--val_shards from elsewhere than local disk": any(map(remote.match, args.val_shards or [])),
         "--crop bucket": args.crop == "bucket",
         "--cache_latents": args.cache_latents,
         "--cache_text_embeddings": args.cache_text_embeddings,
@@ -442,11 +457,10 @@ def check_values(parser, args):
         parser.error(f"--report_to: {args.report_to} is not installed; found all, none, {', '.join(trackers)}")
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
-    sources = [name for name in ("train_shards", "train_data_dir") if getattr(args, name)]
+    sources = [f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name)]
     if len(sources) != 1:
-        parser.error(
-            f"--train_shards or --train_data_dir: found {' and '.join(sources) or 'neither'}; give exactly one"
-        )
+        found = " and ".join(sources) or "none"
+        parser.error(f"--train_shards, --train_data_dir or --dataset_name: found {found}; give exactly one")
 
 
 def looks_like_path(name):
@@ -676,6 +690,132 @@ def hash_text(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+# ---- sources: shards as byte ranges, wherever they lie
+
+
+def persist(action, path):
+    """action(), tried again while the network or the server fails. Errors: OSError naming `path` when that goes on."""
+    for attempt in range(IO_ATTEMPTS):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError) as error:
+            raise type(error)(f"{path}: {error}") from error
+        except (OSError, aiohttp.ClientError) as error:
+            if attempt + 1 == IO_ATTEMPTS or 400 <= getattr(error, "status", 0) < 500:
+                raise OSError(f"{path}: {error!r} in {attempt + 1} tries") from error
+            time.sleep(0.5 * 2**attempt)
+
+
+def gives_ranges(url):
+    """Whether the web server of `url` sends the bytes asked for and not the whole file."""
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return response.status == 206
+
+
+def copy_whole(path, stamp, cache_dir):
+    """A copy of a URL's or pipe's bytes in `cache_dir`: made once per machine, there whole or not at all."""
+    folder = Path(cache_dir) / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f"{hash_text(f'{path} {stamp}'):016x}.tar"
+    partial = copy.with_suffix(".partial")
+
+    def download():
+        with open(partial, "wb") as file:
+            if path.startswith("pipe:"):
+                command = path.removeprefix("pipe:")
+                status = subprocess.run(["bash", "-o", "pipefail", "-c", command], stdout=file).returncode
+                if status:
+                    raise OSError(f"exit status {status}")
+            else:
+                with urllib.request.urlopen(path, timeout=60) as response:
+                    shutil.copyfileobj(response, file, 1 << 20)
+        expected = stamp.split()[0]  # of a pipe nobody knows
+        if expected not in ("None", str(partial.stat().st_size)):
+            raise OSError(f"{partial.stat().st_size} bytes, expected {expected}")
+
+    with open(copy.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be copying it
+        if not copy.exists():
+            persist(download, path)
+            os.replace(partial, copy)
+    return str(copy)
+
+
+class Shard:
+    """The bytes of one shard or image file: a local file, a URL read by ranges, or a copy of what gives no ranges.
+
+    `stamp` changes with the content: size and time of a file, size and ETag of a URL; of a pipe it is constant.
+    Objects are for the process that made them: the connections do not survive a fork.
+    """
+
+    def __init__(self, path, cache_dir):
+        self.path, self.remote, self.descriptor = path, None, None
+        self.block, self.checked = (0, b""), time.monotonic()
+        file = path
+        if path.startswith("pipe:"):
+            self.stamp = "None"
+            file = copy_whole(path, self.stamp, cache_dir)
+        elif is_remote(path):
+            self.remote, self.url = fsspec.url_to_fs(path)
+            self.stamp = self.current_stamp()
+            if path.startswith("http") and not persist(lambda: gives_ranges(path), path):
+                file, self.remote = copy_whole(path, self.stamp, cache_dir), None
+        if self.remote is None:
+            self.descriptor = os.open(file, os.O_RDONLY)
+            self.size = os.fstat(self.descriptor).st_size
+        if not is_remote(path):
+            self.stamp = self.current_stamp()
+
+    def current_stamp(self):
+        if self.remote is not None:
+            self.remote.invalidate_cache()
+            info = persist(lambda: self.remote.info(self.url), self.path)
+            self.size = info["size"]
+            return f"{self.size} {info.get('ETag') or info.get('LastModified') or info.get('Last-Modified')}"
+        if is_remote(self.path):
+            return self.stamp
+        stat = os.fstat(self.descriptor)
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    def check_stamp(self, expected):
+        """Errors: OSError when the shard is not the one that was indexed."""
+        if self.remote is not None:
+            if time.monotonic() - self.checked < STAMP_SECONDS:
+                return
+            self.stamp, self.checked = self.current_stamp(), time.monotonic()
+        elif not is_remote(self.path):
+            self.stamp = self.current_stamp()
+        if expected is not None and self.stamp != expected:
+            raise OSError(f"{self.path}: changed while the run was reading it; start again to index it anew")
+
+    def read(self, offset, size):
+        """`size` bytes from `offset`. Errors: OSError when there are fewer, or the network fails for good."""
+
+        def attempt():
+            if self.remote is None:
+                data = os.pread(self.descriptor, size, offset)
+            else:
+                data = self.remote.cat_file(self.url, start=offset, end=offset + size)
+            if len(data) != size:
+                raise OSError(f"{self.path}: {len(data)} bytes at {offset}, expected {size}; changed since indexing?")
+            return data
+
+        return attempt() if self.remote is None else persist(attempt, self.path)
+
+    def peek(self, offset, size):
+        """read(), through a block of READ_AHEAD bytes: for the small members that lie together between images."""
+        start, block = self.block
+        if not start <= offset <= offset + size <= start + len(block):
+            block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
+            start, self.block = offset, (offset, block)
+        return block[offset - start : offset - start + size]
+
+    def close(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
 # ---- index: one pass over the shards' headers
 
 
@@ -686,17 +826,16 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
-def iter_tar_members(file, report):
-    """(name, offset, size) of the regular files in an open tar; reads headers only and verifies their checksums.
+def iter_tar_members(shard, report):
+    """(name, offset, size) of the regular files in a Shard; reads headers only and verifies their checksums.
 
-    Damage is told to report(reason); after a bad header the scan goes on at the next block that is a good one, and to
-    the end of the file: zero blocks may be an archive's end, damage, or black pixels after a lost header.
+    Damage is told to report(reason) and stands as None among the members; after a bad header the scan goes on at the
+    next block that is a good one, and to the end of the file: zero blocks may be an archive's end, damage, or black
+    pixels after a lost header.
     """
-    end = file.seek(0, io.SEEK_END)
     position, long_name, lost, zero_blocks = 0, None, False, 0
-    while position + 512 <= end:
-        file.seek(position)
-        block = file.read(512)
+    while position + 512 <= shard.size:
+        block = shard.peek(position, 512)
         position += 512
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -706,17 +845,19 @@ def iter_tar_members(file, report):
         except tarfile.HeaderError:
             if not lost:
                 report(f"bad tar header at byte {position - 512}")
+                yield None
             lost, zero_blocks = True, 0
             continue
         if zero_blocks and not lost:
             report(f"zero blocks before byte {position - 512}")
+            yield None
         lost, zero_blocks = False, 0
-        if position + member.size > end:
+        if position + member.size > shard.size:
             return report(f"cut inside {long_name or member.name}")
         if member.type == tarfile.GNUTYPE_LONGNAME:
-            long_name = file.read(member.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            long_name = shard.peek(position, member.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif member.type == tarfile.XHDTYPE:  # pax: lines "LENGTH key=value"
-            found = re.search(rb"^\d+ path=(.*)$", file.read(member.size), re.MULTILINE)
+            found = re.search(rb"^\d+ path=(.*)$", shard.peek(position, member.size), re.MULTILINE)
             long_name = found[1].decode("utf-8", "surrogateescape") if found else None
         elif member.isreg():
             yield long_name or member.name, position, member.size
@@ -727,12 +868,25 @@ def iter_tar_members(file, report):
 
 
 def group_members(members):
-    """{sample key: {extension: (offset, size)}}; the key is the path up to the first dot of the file name."""
-    samples = {}
-    for name, offset, size in members:
+    """[(sample key, {extension: (offset, size)})]: runs of members with one key, the path up to the file's first dot.
+
+    A sample beside damage (None among the members) has the extension "damage": a member of it may be lost.
+    """
+    samples, beside_damage = [], False
+    for member in members:
+        if member is None:
+            beside_damage = True
+            if samples:
+                samples[-1][1]["damage"] = None
+            continue
+        name, offset, size = member
         folder, _, filename = name.rpartition("/")
         stem, _, extension = filename.partition(".")
-        samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = (offset, size)
+        key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+        if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+            samples.append((key, {"damage": None} if beside_damage else {}))
+        samples[-1][1][extension] = (offset, size)
+        beside_damage = False
     return samples
 
 
@@ -752,12 +906,8 @@ def number_or_none(value):
     return value if is_number and abs(value) < 2**31 else None
 
 
-def index_sample(file, path, key, members, species_key):
+def index_sample(shard, key, members, species_key):
     """The index row of one sample. Errors: ValueError with what is damaged."""
-
-    def read(extension):
-        file.seek(members[extension][0])
-        return file.read(members[extension][1])
 
     image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if image is None:
@@ -766,19 +916,21 @@ def index_sample(file, path, key, members, species_key):
         raise ValueError("image of zero bytes")
     if "txt" not in members:
         raise ValueError("no caption")
+    if "damage" in members and "json" not in members:
+        raise ValueError("no .json, beside a damaged header")
     try:
-        caption = read("txt").decode("utf-8").strip()
+        caption = shard.peek(*members["txt"]).decode("utf-8").strip()
     except UnicodeDecodeError:
         raise ValueError("caption is not UTF-8") from None
     if not caption:
         raise ValueError("empty caption")
     try:
-        metadata = json.loads(read("json")) if "json" in members else {}
+        metadata = json.loads(shard.peek(*members["json"])) if "json" in members else {}
     except ValueError:
         raise ValueError("bad JSON") from None
     if not isinstance(metadata, dict):
         raise ValueError("JSON is not an object")
-    image_id = str(metadata.get("image_id") or key)
+    image_id = str(metadata.get("image_id") or f"{shard.path.rpartition('/')[2]}/{key}")
     if not image_id.isprintable():  # a lone surrogate, say
         raise ValueError("image_id is not text")
     return {
@@ -789,69 +941,92 @@ def index_sample(file, path, key, members, species_key):
         "width": number_or_none(metadata.get("width")),
         "height": number_or_none(metadata.get("height")),
         "score": number_or_none(metadata.get("ae_aesthetic")),
-        "path": path,
+        "path": shard.path,
         "offset": members[image][0],
         "size": members[image][1],
     }
 
 
-def index_shard(path, species_key):
-    """(rows, damage) of one shard: index rows, and [{"shard", "key", "reason"}] of what cannot be used."""
-    rows, damage = [], []
+def index_shard(shard, species_key):
+    """(rows, damage) of a Shard: index rows, and [{"shard", "key", "reason"}] of what cannot be used."""
+    rows, damage, seen = [], [], set()
 
     def report(reason, key=None):
-        damage.append({"shard": path, "key": key, "reason": reason})
+        damage.append({"shard": shard.path, "key": key, "reason": reason})
 
-    with open(path, "rb") as file:
-        samples = group_members(list(iter_tar_members(file, report)))
-        for key, members in samples.items():
-            try:
-                rows.append(index_sample(file, path, key, members, species_key))
-            except ValueError as error:
-                report(str(error), key)
-    return rows, damage
-
-
-def index_image_folder(folder, caption_column, image_column, species_key, cache_dir=None):
-    """(rows, damage) of an image folder in the layout of datasets' imagefolder (metadata.jsonl or .csv).
-
-    Errors: InputError naming the flag when the folder does not load or a column is missing.
-    """
-    try:
-        table = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
-    except Exception as error:
-        raise InputError(f"--train_data_dir: {folder}: {error}") from error
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column not in table.column_names:
-            raise InputError(f"{flag}: {folder} has columns {', '.join(table.column_names)}; found no {column}")
-    rows, damage = [], []
-    for row in table.cast_column(image_column, datasets.Image(decode=False)):
-        path, caption = row[image_column]["path"], row[caption_column]
-        caption = next(iter(caption), None) if isinstance(caption, list) else caption
-        name = os.path.relpath(path, folder)
-        if not str(caption or "").strip():
-            damage.append({"shard": folder, "key": name, "reason": "no caption"})
+    for key, members in group_members(iter_tar_members(shard, report)):
+        if key in seen:
+            report("duplicate key", key)
             continue
-        rows.append(
-            {"key": name, "image_id": name, "caption": str(caption).strip(), "labels": read_labels(row, species_key)}
-            | {"width": None, "height": None, "score": number_or_none(row.get("ae_aesthetic"))}
-            | {"path": path, "offset": 0, "size": os.path.getsize(path)}
-        )
+        seen.add(key)
+        try:
+            rows.append(index_sample(shard, key, members, species_key))
+        except ValueError as error:
+            report(str(error), key)
     return rows, damage
 
 
 def cached_index_shard(path, species_key, cache_dir):
-    """Index table of one shard, from the cache when its size and time are those of the file."""
-    stat = os.stat(path)
-    fingerprint = f"{INDEX_VERSION} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {species_key}"
-    cached = cache_dir / f"{hash_text(fingerprint):016x}.parquet"
+    """Index table of one shard, from the cache when its stamp is the shard's; damage and stamp are in its metadata."""
+    shard = Shard(path, cache_dir.parent)
+    name = path if is_remote(path) else os.path.abspath(path)
+    cached = cache_dir / f"{hash_text(f'{INDEX_VERSION} {name} {shard.stamp} {species_key}'):016x}.parquet"
     if not cached.exists():
-        rows, damage = index_shard(path, species_key)
-        table = pa.Table.from_pylist(rows, INDEX_SCHEMA).replace_schema_metadata({"damage": json.dumps(damage)})
+        rows, damage = index_shard(shard, species_key)
+        notes = {"damage": json.dumps(damage), "stamp": json.dumps({path: shard.stamp})}
+        table = pa.Table.from_pylist(rows, INDEX_SCHEMA).replace_schema_metadata(notes)
         partial = cached.with_suffix(f".{os.getpid()}.tmp")
         pa.parquet.write_table(table, partial)
         os.replace(partial, cached)  # appears whole or not at all; another process may have made the same file
+    shard.close()
     return pa.parquet.read_table(cached)
+
+
+def load_dataset(args):
+    """The table of --train_data_dir (imagefolder) or --dataset_name (hub, folder, save_to_disk), images undecoded.
+
+    Errors: InputError naming the flag when it does not load or a column is missing.
+    """
+    flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
+    source = args.train_data_dir or args.dataset_name
+    try:
+        if args.train_data_dir:
+            table = datasets.load_dataset("imagefolder", data_dir=source, split="train", cache_dir=args.cache_dir)
+        elif (Path(source) / "dataset_info.json").exists() or (Path(source) / "dataset_dict.json").exists():
+            table = datasets.load_from_disk(source)
+            table = table["train"] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            table = datasets.load_dataset(source, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
+    except Exception as error:  # the libraries below raise what they like
+        raise InputError(f"{flag}: {source}: {error}") from error
+    for column_flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+        if column not in table.column_names:
+            raise InputError(f"{column_flag}: {source} has columns {', '.join(table.column_names)}; found no {column}")
+    if not isinstance(table.features[args.image_column], datasets.Image):
+        raise InputError(f"--image_column: {args.image_column} of {source} holds no images")
+    return table.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def index_dataset(table, args):
+    """(rows, damage) of a table of load_dataset: images are files, or bytes in the row that `offset` says."""
+    source, rows, damage = args.train_data_dir or args.dataset_name, [], []
+    images = table.data.column(args.image_column).combine_chunks().field("path") if len(table) else []
+    in_table = table.data.column(args.image_column).combine_chunks().field("bytes").is_valid() if len(table) else []
+    for i, row in enumerate(table.remove_columns(args.image_column)):
+        path, caption = images[i].as_py(), row[args.caption_column]
+        caption = next(iter(caption), None) if isinstance(caption, list) else caption
+        name = os.path.relpath(path, source) if args.train_data_dir else f"row {i}"
+        if not str(caption or "").strip():
+            damage.append({"shard": source, "key": name, "reason": "no caption"})
+            continue
+        place = {"path": IN_TABLE, "offset": i, "size": -1} if in_table[i].as_py() else None
+        rows.append(
+            {"key": name, "image_id": str(row.get("image_id") or name), "caption": str(caption).strip()}
+            | {"labels": read_labels(row, args.species_key), "score": number_or_none(row.get("ae_aesthetic"))}
+            | {"width": None, "height": None}
+            | (place or {"path": path, "offset": 0, "size": os.path.getsize(path)})
+        )
+    return rows, damage
 
 
 @dataclass
@@ -865,6 +1040,9 @@ class Index:
     label_names: list
     label_codes: np.ndarray  # (M,) int32, into label_names
     label_starts: np.ndarray  # (N + 1,) int64
+    stamps: dict = field(default_factory=dict)  # {shard: Shard.stamp when it was indexed}
+    images: datasets.Dataset | None = None  # where rows at IN_TABLE have their bytes
+    image_column: str = "image"
 
     def __len__(self):
         return len(self.id_hashes)
@@ -886,7 +1064,18 @@ def count_damaged(damage):
     return len(named) + len(cut_shards)
 
 
-def make_index(table, damage, total=None):
+def drop_duplicates(table, damage):
+    """(table, damage) with every image_id once; the later ones are reported."""
+    ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
+    kept = np.sort(np.unique(ids, return_index=True)[1])
+    dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
+    found = [
+        {"shard": row["path"], "key": row["key"], "reason": f"duplicate image_id {row['image_id']}"} for row in dropped
+    ]
+    return table.take(kept) if dropped else table, damage + found
+
+
+def make_index(table, damage, total=None, **sources):
     """Index of a table with INDEX_SCHEMA's columns."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
@@ -902,6 +1091,7 @@ def make_index(table, damage, total=None):
         label_names=names,
         label_codes=np.array([code_of[name] for name in flat], dtype=np.int32),
         label_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        **sources,
     )
 
 
@@ -913,36 +1103,53 @@ def check_bad_fraction(flag, bad, total, limit):
         )
 
 
+def index_shards(accelerator, args, flag):
+    """(table, damage, stamps) of --train_shards or --val_shards, each rank indexing its share of the shards first."""
+    cache_dir = Path(args.cache_dir or args.output_dir) / "index"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
+    mine = shards[accelerator.process_index :: accelerator.num_processes]
+    with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, shards)) else 1) as pool:
+
+        def index(paths, quiet):
+            work = pool.map(lambda path: cached_index_shard(path, args.species_key, cache_dir), paths)
+            return list(tqdm(work, f"index of {flag}", len(paths), leave=False, unit="shard", disable=quiet))
+
+        try:
+            index(mine, not accelerator.is_main_process)
+            accelerator.wait_for_everyone()
+            tables = index(shards, True)
+        except OSError as error:
+            raise InputError(f"{flag}: {error}") from error
+    damage = [d for t in tables for d in json.loads(t.schema.metadata[b"damage"])]
+    stamps = {path: stamp for t in tables for path, stamp in json.loads(t.schema.metadata[b"stamp"]).items()}
+    return pa.concat_tables([t.replace_schema_metadata() for t in tables]), damage, stamps
+
+
 def load_index(accelerator, args, flag, seed):
-    """Index of --train_shards, --val_shards or --train_data_dir, each rank indexing its share of the shards.
+    """Index of --train_shards, --val_shards, --train_data_dir or --dataset_name.
 
     Errors: InputError naming the flag when nothing is usable or more than --max_bad_fraction is damaged.
     """
-    cache_dir = Path(args.cache_dir or args.output_dir) / "index"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    if flag == "--train_data_dir":
-        with accelerator.main_process_first():
-            rows, damage = index_image_folder(
-                args.train_data_dir, args.caption_column, args.image_column, args.species_key, args.cache_dir
-            )
-        table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
+    if flag in ("--train_shards", "--val_shards"):
+        table, damage, stamps = index_shards(accelerator, args, flag)
+        sources = {"stamps": stamps}
     else:
-        shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
-        for shard in shards[accelerator.process_index :: accelerator.num_processes]:
-            cached_index_shard(shard, args.species_key, cache_dir)
-        accelerator.wait_for_everyone()
-        tables = [cached_index_shard(shard, args.species_key, cache_dir) for shard in shards]
-        damage = [d for t in tables for d in json.loads(t.schema.metadata[b"damage"])]
-        table = pa.concat_tables([t.replace_schema_metadata() for t in tables])
+        with accelerator.main_process_first():
+            images = load_dataset(args)
+            rows, damage = index_dataset(images, args)
+        table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
+        sources = {"images": images, "image_column": args.image_column}
     if len(table) == 0:
         raise InputError(
             f"{flag}: no usable sample; expected image, .txt caption and .json (first damage: {damage[:1]})"
         )
-    index = make_index(table, damage)
+    table, damage = drop_duplicates(table, damage)
+    index = make_index(table, damage, **sources)
     check_bad_fraction(flag, count_damaged(damage), index.total, args.max_bad_fraction)
     if flag != "--val_shards" and args.max_train_samples:
         chosen = np.argsort(hash64(SUBSET, seed, index.id_hashes), kind="stable")[: args.max_train_samples]
-        index = make_index(table.take(np.sort(chosen)), damage, index.total)
+        index = make_index(table.take(np.sort(chosen)), damage, index.total, **sources)
     return index
 
 
@@ -1118,24 +1325,23 @@ def resize_short_side(image, resolution, interpolation):
 class ImageDataset(Dataset):
     """Decoded, cropped samples; an item is asked for by (row, label, step, position in the global order)."""
 
-    def __init__(self, index, seed, resolution, crop, random_flip, interpolation):
+    def __init__(self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None):
         self.index, self.seed, self.resolution = index, seed, resolution
-        self.crop, self.random_flip = crop, random_flip
+        self.crop, self.random_flip, self.cache_dir = crop, random_flip, cache_dir
         self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
-        self.files = {}  # path → file descriptor, per process; pread keeps no position, so sharing over a fork is safe
+        self.shards = {}  # (process, path) → Shard
 
     def read(self, row):
-        descriptor = self.files.get(row["path"])
-        if descriptor is None:
-            if len(self.files) >= MAX_OPEN_FILES:
-                os.close(self.files.pop(next(iter(self.files))))
-            descriptor = self.files[row["path"]] = os.open(row["path"], os.O_RDONLY)
-        data = os.pread(descriptor, row["size"], row["offset"])
-        if len(data) != row["size"]:
-            raise OSError(
-                f"{row['path']}: {len(data)} bytes at {row['offset']}, expected {row['size']}; changed since indexing?"
-            )
-        return data
+        """The bytes of a row's image. Errors: OSError naming the shard when it changed or the network fails."""
+        if row["path"] == IN_TABLE:
+            return self.index.images[row["offset"]][self.index.image_column]["bytes"]
+        place = (os.getpid(), row["path"])
+        if place not in self.shards:
+            if len(self.shards) >= MAX_OPEN_FILES:
+                self.shards.pop(next(iter(self.shards))).close()
+            self.shards[place] = Shard(row["path"], self.cache_dir)
+        self.shards[place].check_stamp(self.index.stamps.get(row["path"]))
+        return self.shards[place].read(row["offset"], row["size"])
 
     def open(self, i, label):
         """(row, image, skipped): row i, or for a damaged one another of the same class, chosen by hash."""
@@ -2076,7 +2282,7 @@ def log_data(index, mix, csv_counts):
 
 def make_data(accelerator, args, seed):
     """(index, mix, validation index or None); warnings about damage and about the species are logged."""
-    flag = "--train_shards" if args.train_shards else "--train_data_dir"
+    flag = "--train_shards" if args.train_shards else "--train_data_dir" if args.train_data_dir else "--dataset_name"
     index = load_index(accelerator, args, flag, seed)
     csv_counts = read_species_csv(args.species_csv) if args.species_csv else None
     start, end, steps = args.species_mix
@@ -2188,8 +2394,9 @@ def make_run(args, accelerator, progress, stop):
         plan, max_train_steps, args.train_batch_size, accelerator.process_index, accelerator.num_processes
     )
     look = (args.resolution, args.crop, args.random_flip, args.image_interpolation_mode)
-    dataset = ImageDataset(index, progress.seed, *look)
-    val_look = (args.resolution, "center", False, args.image_interpolation_mode)
+    cache_dir = args.cache_dir or args.output_dir
+    dataset = ImageDataset(index, progress.seed, *look, cache_dir)
+    val_look = (args.resolution, "center", False, args.image_interpolation_mode, cache_dir)
     return Run(
         args=args,
         accelerator=accelerator,

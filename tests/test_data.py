@@ -50,8 +50,12 @@ def index_of(labels, ids=None):
     return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
 
 
+def index_shard(path, species_key="species_list"):
+    return trainer.index_shard(trainer.Shard(str(path), None), species_key)
+
+
 def index_of_shard(path):
-    rows, damage = trainer.index_shard(str(path), "species_list")
+    rows, damage = index_shard(path)
     return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
 
 
@@ -103,13 +107,13 @@ def overwrite(path, at):
 
 
 def survivors(path):
-    rows, damage = trainer.index_shard(str(path), "species_list")
+    rows, damage = index_shard(path)
     assert all(entry["shard"] == str(path) and entry["reason"] for entry in damage)
     return [row["key"] for row in rows], damage
 
 
 def test_a_whole_shard_is_indexed_without_damage(shard):
-    rows, damage = trainer.index_shard(str(shard), "species_list")
+    rows, damage = index_shard(shard)
     assert damage == []
     assert [row["key"] for row in rows] == KEYS
     data = shard.read_bytes()
@@ -185,7 +189,7 @@ def test_an_empty_file_is_a_damaged_shard(tmp_path):
 )
 def test_long_and_foreign_names_are_kept_apart(tmp_path, keys):
     shard = write_shard(tmp_path / "a.tar", [sample(keys[0]), sample(keys[1], png=None, jpg=b"other")])
-    rows, damage = trainer.index_shard(shard, "species_list")
+    rows, damage = index_shard(shard)
     assert [(row["key"], row["caption"]) for row in rows] == [(key, f"a drawing of {key}") for key in keys]
     assert damage == []
 
@@ -255,15 +259,15 @@ def test_strange_metadata_does_not_end_the_indexing(tmp_path, metadata):
 )
 def test_labels_are_a_list_or_a_string_casefolded(tmp_path, given, labels):
     metadata = json.dumps({"species_list": ["wrong"], "kind": given}).encode()
-    rows, _ = trainer.index_shard(write_shard(tmp_path / "a.tar", [sample("a", json=metadata)]), "kind")
+    rows, _ = index_shard(write_shard(tmp_path / "a.tar", [sample("a", json=metadata)]), "kind")
     assert rows[0]["labels"] == labels
 
 
 def test_a_sample_without_json_or_labels_is_unlabelled_not_damaged(tmp_path):
     shard = write_shard(tmp_path / "a.tar", [sample("a", json=None), sample("b", json=b"{}")])
-    rows, damage = trainer.index_shard(shard, "species_list")
+    rows, damage = index_shard(shard)
     assert damage == []
-    assert [(row["image_id"], row["labels"]) for row in rows] == [("a", []), ("b", [])]
+    assert [(row["image_id"], row["labels"]) for row in rows] == [("a.tar/a", []), ("a.tar/b", [])]
 
 
 def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_path, monkeypatch):
@@ -283,7 +287,7 @@ def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_pat
 
 
 def load_index(shards, tmp_path, **flags):
-    alone = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+    alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
     args = SimpleNamespace(train_shards=[str(s) for s in shards], species_key="species_list", **flags)
     return trainer.load_index(alone, args, "--train_shards", seed=1)
@@ -342,7 +346,9 @@ def image_folder(tmp_path, monkeypatch):
         for row in rows:
             noise_image(1).save(folder / row["file_name"])
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return trainer.index_image_folder(str(folder), "text", "image", "species_list")
+        flags = {"train_data_dir": str(folder), "dataset_name": None, "cache_dir": None, "species_key": "species_list"}
+        args = SimpleNamespace(**flags, image_column="image", caption_column="text")
+        return trainer.index_dataset(trainer.load_dataset(args), args)
 
     return make
 

@@ -1,0 +1,409 @@
+"""Where the bytes come from, and what is wrong with them: buckets, web servers, pipes, tables; generated damage."""
+
+import functools
+import http.server
+import io
+import os
+import re
+import socketserver
+import tarfile
+import threading
+import time
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+from test_data import encode, index_of, index_shard, noise_image, sample, write_shard
+
+import train_sdxl_lora as trainer
+
+KEYS = [f"s{i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three shards of four samples in a folder."""
+    folder = tmp_path_factory.mktemp("shards")
+    for n in range(3):
+        each = [sample(key, png=encode(noise_image(int(key[1:])))) for key in KEYS[4 * n : 4 * n + 4]]
+        write_shard(folder / f"train-{n}.tar", each)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
+
+
+def load_index(patterns, tmp_path, **flags):
+    alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
+    flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": str(tmp_path)} | flags
+    args = SimpleNamespace(train_shards=patterns, species_key="species_list", output_dir=tmp_path, **flags)
+    return trainer.load_index(alone, args, "--train_shards", seed=1)
+
+
+def delivered(index, tmp_path, workers=0):
+    """{image id: pixels} and the ids in the order of three steps of the stream."""
+    mix = trainer.SpeciesMix(index, "random")
+    batches = trainer.MicroBatches(trainer.SamplePlan(index, mix, "random", 1, 4), 3, 4, 0, 1)
+    dataset = trainer.ImageDataset(index, 1, 8, "random_ar", False, "box", str(tmp_path))
+    loader = trainer.make_loader(dataset, batches, workers, False)
+    return [(key, p.numpy().tobytes()) for b in loader for key, p in zip(b["keys"], b["pixels"])]
+
+
+# ---- web servers
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; by ranges or whole; every nth request ends in an error or a cut connection."""
+
+    ranges, fail_every, requests = True, 0, 0
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        type(self).requests += 1
+        data = (self.folder / self.path.lstrip("/")).read_bytes()
+        failing = self.fail_every and self.requests % self.fail_every == 0
+        if failing and self.requests // self.fail_every % 2:
+            self.send_error(503)
+            return
+        found = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        status, part = 200, data
+        if found and self.ranges:
+            end = int(found[2]) + 1 if found[2] else len(data)
+            status, part = 206, data[int(found[1]) : end]
+        self.send_response(status)
+        self.send_header("Content-Length", len(part))
+        self.send_header("ETag", f'"{hash(data)}"')
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {found[1]}-{end - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(part[: len(part) // 2] if failing and self.command == "GET" else part)
+        self.close_connection = bool(failing)
+
+    def do_HEAD(self):
+        data = (self.folder / self.path.lstrip("/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", len(data))
+        self.send_header("ETag", f'"{hash(data)}"')
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+
+@pytest.fixture
+def serve(shards):
+    servers = []
+
+    def start(folder=shards, **options):
+        handler = type("H", (Handler,), {"folder": folder} | options)
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/train-{{0..2}}.tar", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["ranges", "whole", "failing", "failing whole", "pipe"])
+def test_every_source_gives_the_stream_of_the_local_files(shards, serve, tmp_path, source, workers):
+    local = load_index([str(shards)], tmp_path / "local")
+    if source == "pipe":
+        patterns = [f"pipe:cat {shards}/train-{{0..2}}.tar"]
+    else:
+        options = {"ranges": "whole" not in source, "fail_every": 10 if "failing" in source else 0}
+        patterns = [serve(**options)[0]]
+    index = load_index(patterns, tmp_path / "remote")
+    assert index.fingerprint() == local.fingerprint()
+    stream = delivered(index, tmp_path / "remote", workers)
+    assert len(stream) == 12
+    assert stream == delivered(local, tmp_path / "local", workers)
+
+
+def test_a_server_that_fails_for_good_ends_the_run_with_its_url(serve, tmp_path):
+    url, handler = serve()
+    index = load_index([url], tmp_path)
+    handler.fail_every = 1
+    with pytest.raises(OSError, match=re.escape("http://127.0.0.1") + r".*train-\d.tar.* in 7 tries"):
+        delivered(index, tmp_path)
+
+
+def test_a_shard_that_is_not_there_is_one_line_with_its_url(serve, tmp_path):
+    url, _ = serve()
+    with pytest.raises(trainer.InputError, match="--train_shards: http.*train-9.tar"):
+        load_index([url.replace("{0..2}", "9")], tmp_path)
+
+
+def test_a_pipe_that_fails_names_its_command(tmp_path):
+    with pytest.raises(trainer.InputError, match="--train_shards: pipe:cat /nowhere.*exit status 1"):
+        load_index(["pipe:cat /nowhere"], tmp_path)
+    assert not list((tmp_path / "shards").glob("*.tar"))
+
+
+def test_processes_that_want_the_same_shard_copy_it_once(shards, tmp_path):
+    count = tmp_path / "count"
+    command = f"pipe:echo x >> {count}; cat {shards}/train-0.tar"
+    threads = [threading.Thread(target=trainer.Shard, args=(command, tmp_path)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert count.read_text() == "x\n"
+
+
+@pytest.fixture(scope="module")
+def bucket(shards):
+    """s3://pokefa with the shards in it, on a moto server."""
+    boto3, server_module = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(port=0)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    patch = pytest.MonkeyPatch()
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        patch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="pokefa")
+    for path in shards.glob("*.tar"):
+        client.upload_file(str(path), "pokefa", f"data/{path.name}")
+    yield
+    patch.undo()
+    server.stop()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("pattern", ["s3://pokefa/data", "s3://pokefa/data/train-{0..2}.tar"])
+def test_a_bucket_gives_the_stream_of_the_local_files(shards, bucket, tmp_path, pattern, workers):
+    local = load_index([str(shards)], tmp_path / "local")
+    index = load_index([pattern], tmp_path / "remote")
+    assert index.fingerprint() == local.fingerprint()
+    assert delivered(index, tmp_path, workers) == delivered(local, tmp_path, workers)
+
+
+# ---- shards that change
+
+
+def test_a_local_shard_that_changes_during_the_run_is_an_error(shards, tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes((shards / "train-0.tar").read_bytes())
+    index = load_index([str(path)], tmp_path)
+    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box")
+    dataset.read(index.row(0))
+    time_ = os.stat(path).st_mtime_ns
+    with open(path, "r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(time_ + 10**9, time_ + 10**9))
+    with pytest.raises(OSError, match="a.tar: changed while the run"):
+        dataset.read(index.row(1))
+
+
+def test_a_remote_shard_that_changes_during_the_run_is_an_error(shards, serve, tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"train-{n}.tar").write_bytes((shards / f"train-{n}.tar").read_bytes())
+    index = load_index([serve(folder)[0]], tmp_path)
+    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
+    dataset.read(index.row(0))
+    (folder / "train-0.tar").write_bytes((shards / "train-0.tar").read_bytes().replace(b"drawing", b"DRAWING"))
+    dataset.read(index.row(1))  # asked at most once a minute
+    monkeypatch.setattr(trainer, "STAMP_SECONDS", -1)
+    with pytest.raises(OSError, match="train-0.tar: changed while the run"):
+        dataset.read(index.row(1))
+
+
+# ---- tables of the datasets library
+
+
+@pytest.mark.parametrize("kept_as", ["save_to_disk", "parquet"])
+def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    pictures = [noise_image(i) for i in range(6)]
+    captions = [f"caption {i}" for i in range(5)] + [" "]
+    labels = [["Mew"], ["Mew", "Pichu"], [], None, ["Pichu"], []]
+    table = datasets.Dataset.from_dict(
+        {"picture": pictures, "caption": captions, "species_list": labels},
+        datasets.Features(
+            {
+                "picture": datasets.Image(),
+                "caption": datasets.Value("string"),
+                "species_list": datasets.List(datasets.Value("string")),
+            }
+        ),
+    )
+    if kept_as == "parquet":
+        (tmp_path / "d").mkdir()
+        table.to_parquet(tmp_path / "d/train.parquet")
+    else:
+        table.save_to_disk(tmp_path / "d")
+    flags = {"dataset_config_name": None, "train_data_dir": None, "image_column": "picture"}
+    flags |= {"dataset_name": str(tmp_path / "d"), "caption_column": "caption", "train_shards": None}
+    args = SimpleNamespace(
+        **flags, cache_dir=None, output_dir=tmp_path, species_key="species_list", max_bad_fraction=0.2,
+        max_train_samples=None,
+    )  # fmt: skip
+
+    @functools.wraps(trainer.load_index)
+    def load():
+        import contextlib
+
+        alone = SimpleNamespace(main_process_first=contextlib.nullcontext)
+        return trainer.load_index(alone, args, "--dataset_name", seed=1)
+
+    index = load()
+    assert [index.row(i)["labels"] for i in range(5)] == [["mew"], ["mew", "pichu"], [], [], ["pichu"]]
+    assert [(d["key"], d["reason"]) for d in index.damage] == [("row 5", "no caption")]
+    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box")
+    for i in range(5):
+        assert dataset.open(i, -1)[1].tobytes() == pictures[i].tobytes()
+    args.max_train_samples = 2
+    assert len(load()) == 2
+    args.caption_column = "text"
+    with pytest.raises(trainer.InputError, match="--caption_column: .* has columns picture, caption, species_list"):
+        load()
+
+
+# ---- damage
+
+
+def test_a_duplicate_key_is_reported_and_never_mixed_with_the_first(tmp_path):
+    again = sample("s1", txt=b"another caption", json=None)
+    rows, damage = index_shard(write_shard(tmp_path / "a.tar", [sample("s1"), sample("s2"), again]))
+    assert [(row["key"], row["caption"]) for row in rows] == [("s1", "a drawing of s1"), ("s2", "a drawing of s2")]
+    assert [(d["key"], d["reason"]) for d in damage] == [("s1", "duplicate key")]
+
+
+def test_a_duplicate_image_id_is_reported_and_the_first_kept(tmp_path):
+    shards = [write_shard(tmp_path / f"{n}.tar", [sample(key) for key in keys]) for n, keys in enumerate(["ab", "ca"])]
+    index = load_index(shards, tmp_path, max_bad_fraction=0.3)
+    assert [index.row(i)["key"] for i in range(len(index))] == ["a", "b", "c"]
+    assert [(d["shard"], d["key"], d["reason"]) for d in index.damage] == [(shards[1], "a", "duplicate image_id a")]
+
+
+def test_the_same_key_in_two_shards_is_two_images_when_no_id_says_otherwise(tmp_path):
+    shards = [write_shard(tmp_path / f"{n}.tar", [sample("a", json=None)]) for n in range(2)]
+    assert len(load_index(shards, tmp_path)) == 2
+
+
+@pytest.mark.parametrize("lost", ["png", "txt", "json"])
+def test_a_sample_that_lost_a_member_to_a_bad_header_is_not_trained_on(tmp_path, lost):
+    path = tmp_path / "a.tar"
+    write_shard(path, [sample(key) for key in ("a", "b", "c")])
+    with tarfile.open(path) as tar:
+        at = next(m.offset_data for m in tar if m.name == f"b.{lost}") - 512
+    data = bytearray(path.read_bytes())
+    data[at : at + 512] = bytes(range(256)) * 2
+    path.write_bytes(data)
+    rows, damage = index_shard(path)
+    assert [row["key"] for row in rows] == ["a", "c"]
+    assert {"b", None} == {d["key"] for d in damage}
+
+
+PAYLOADS = ("png", "jpg", "webp")
+
+
+def damaged_shard(rng, number):
+    """(bytes of a small shard with one damage, keys it may touch, what was done)."""
+    kind = PAYLOADS[number % 3]
+    samples = {}
+    for i in range(5):
+        image = encode(noise_image(1000 * number + i, 24, 20), {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind])
+        samples[f"s{i}"] = sample(f"s{i}", **({"png": None} | {kind: image}))
+    victim = f"s{rng.integers(5)}"
+    damages = ("cut", "header", "zero blocks", "image cut", "image empty", "json", "caption", "twice", "no image")
+    damage = damages[number // 3 % len(damages)]
+    parts = samples[victim]
+    order = list(samples.values())
+    if damage == "image cut":
+        parts[kind] = parts[kind][: int(len(parts[kind]) * rng.uniform(0.05, 0.9))]
+    elif damage == "image empty":
+        parts[kind] = b""
+    elif damage == "json":
+        parts["json"] = [b"{", b"[1]", b"\xff", b"7"][rng.integers(4)]
+    elif damage == "caption":
+        parts["txt"] = [b"", b" \n", b"caf\xe9"][rng.integers(3)]
+    elif damage == "no image":
+        del parts[kind]
+    elif damage == "twice":
+        order.append(sample(victim, **({"png": None} | {kind: parts[kind], "txt": b"the second"})))
+    buffer = io.BytesIO()
+    with trainer_tar(buffer) as tar:
+        for each in order:
+            tar.write(each)
+    data = bytearray(buffer.getvalue())
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        headers = [(m.offset_data - 512, m.offset_data, m.name.split(".")[0]) for m in tar]
+    touched = {victim}
+    if damage in ("cut", "header", "zero blocks"):
+        n = int(rng.integers(len(headers)))
+        offset, data_offset, key = headers[n]
+        if damage == "cut":
+            at = int(rng.integers(offset, data_offset + 512))
+            data, touched = data[:at], {k for o, _, k in headers if o >= offset}
+        elif damage == "header":
+            data[offset : offset + 512] = rng.bytes(512)
+            touched = {key}
+        else:
+            data[offset:offset] = bytes(1024)
+            touched = set()
+    return bytes(data), touched, damage, samples, kind
+
+
+def trainer_tar(buffer):
+    import webdataset as wds
+
+    return wds.TarWriter(buffer, encoder=False)
+
+
+def test_a_thousand_damages_are_each_named_and_none_is_trained_on(tmp_path):
+    started, outcomes = time.time(), {}
+    for number in range(1000):
+        rng = np.random.default_rng((20261123, number))
+        data, touched, damage, samples, kind = damaged_shard(rng, number)
+        path = tmp_path / "damaged.tar"
+        path.write_bytes(data)
+        rows, reports = index_shard(path)
+        index = index_of([["mew"]]) if not rows else trainer.make_index(
+            trainer.pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), reports
+        )  # fmt: skip
+        dataset = trainer.ImageDataset(index, number, 16, "center", False, "box")
+        trained = {}
+        for i in range(len(rows)):
+            try:
+                row, image, skipped = dataset.open(i, -1)
+            except ValueError as error:  # a shard of one damaged image
+                reports.append({"key": rows[i]["key"], "reason": str(error)})
+                continue
+            reports += skipped
+            trained.setdefault(row["key"], (image, row))
+        for key, (image, row) in trained.items():
+            whole = trainer.open_image(samples[key][kind])
+            assert image.tobytes() == whole.tobytes(), (number, damage, key)
+            assert row["caption"].encode() == samples[key]["txt"], (number, damage, key)
+            assert row["labels"] == ["mew"], (number, damage, key)
+        named = {r["key"] for r in reports}
+        assert reports, (number, damage)
+        if damage not in ("cut", "header", "zero blocks"):
+            assert touched <= named, (number, damage)
+        assert set(samples) - touched <= set(trained), (number, damage, "a whole sample was lost")
+        if damage != "twice":
+            assert not touched & set(trained) or damage in ("cut", "header"), (number, damage)
+        outcomes[damage] = outcomes.get(damage, 0) + 1
+        for shard in dataset.shards.values():
+            shard.close()
+    assert sum(outcomes.values()) == 1000 and min(outcomes.values()) > 100
+    assert time.time() - started < 60
