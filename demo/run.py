@@ -26,18 +26,18 @@ from world import FACINGS, PLACES, POSES, PRETRAINED, SPECIES, UNSEEN, Scene, dr
 HERE = Path(__file__).resolve().parent
 TRAINING = {
     "--resolution": 64,
-    "--train_batch_size": 12,
-    "--max_train_steps": 360,
+    "--train_batch_size": 16,
+    "--max_train_steps": 400,
     "--learning_rate": 6e-3,
     "--rank": 32,
     "--lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     "--text_encoder_rank": 16,
     "--text_encoder_lr_scale": 1.0,
-    "--species_mix": (0.0, 0.1, 360),
+    "--species_mix": (0.0, 0.1, 400),
     "--caption_dropout_rate": 0.1,
     "--noise_offset": 0.2,  # without it yellow creatures come out red in bright places
-    "--checkpointing_steps": 180,
-    "--validation_steps": 360,
+    "--checkpointing_steps": 200,
+    "--validation_steps": 400,
     "--mixed_precision": "no",
     "--report_to": "none",
     "--seed": 0,
