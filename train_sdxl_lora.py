@@ -88,6 +88,7 @@ IO_THREADS = 16  # reads over the network that a process keeps under way
 STAMP_SECONDS = 60  # how often a shard on the network is asked whether it changed
 INDEX_VERSION = 2  # part of the index cache's key: raise it when a column changes
 IN_TABLE = "row of the dataset"  # in place of a path: the bytes are in a table of --dataset_name
+MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads 225 tokens at most
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
@@ -195,6 +196,8 @@ def add_conditioning_arguments(parser):
     add = group.add_argument
     add("--caption_dropout_rate", type=float, default=0.1, metavar="P",
         help="share of captions dropped, for classifier-free guidance")
+    add("--long_captions", choices=["truncate", "chunk"], default="truncate",
+        help="captions over 75 tokens: cut, or encoded in chunks of 75, up to 225, and concatenated")
     add("--dropped_caption", choices=["zeros", "empty"],
         help="what stands for a dropped caption; zeros by default (refiner: empty)")
     add("--cache_text_embeddings", **switch, help="encode every caption once")
@@ -537,6 +540,7 @@ class Models:
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     sampling_scheduler: diffusers.SchedulerMixin
+    caption_chunks: int = 1  # pieces of 75 tokens that every caption is encoded in
 
 
 def weight_dtype_of(precision):
@@ -1424,22 +1428,43 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
 # ------------------------------------------------------------------------------
 
 
-def tokenize(tokenizer, captions):
-    """(B, 77) int64 token ids, padded and cut as the SDXL pipeline does."""
+def tokenize(tokenizer, captions, chunks=1):
+    """(B * chunks, 77) int64 token ids: a caption's rows follow each other, its first is what the SDXL pipeline sees.
+
+    Every row holds up to 75 tokens between the begin and end marks, padded; what is beyond the last row is cut.
+    """
     length = tokenizer.model_max_length
+    if chunks > 1:
+        ids = tokenizer(captions, add_special_tokens=False).input_ids
+        pieces = [row[start * (length - 2) :][: length - 2] for row in ids for start in range(chunks)]
+        rows = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
+        return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
     return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def encode_prompts(text_encoders, tokenizers, captions, device):
-    """prompt_embeds (B, 77, D1 + D2) and pooled_prompt_embeds (B, D2), as SDXL's pipeline encodes them.
+def count_chunks(tokenizer, captions, mode):
+    """(chunks every caption is encoded in, captions that are cut, tokens of the longest) under --long_captions `mode`.
 
-    Embeddings are both encoders' penultimate hidden states; pooled is text_encoder_2's projection.
+    The number is the same for all samples and steps, so that no batch depends on its neighbours.
+    """
+    length = tokenizer.model_max_length - 2
+    captions = [caption for caption in captions if len(caption.encode()) > length]  # a token is a byte at least
+    tokens = [len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] if captions else [0]
+    chunks = min(max(-(-max(tokens) // length), 1), MAX_CAPTION_CHUNKS) if mode == "chunk" else 1
+    return chunks, sum(count > chunks * length for count in tokens), max(tokens)
+
+
+def encode_prompts(text_encoders, tokenizers, captions, device, chunks=1):
+    """prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), as SDXL's pipeline encodes them.
+
+    Embeddings are both encoders' penultimate hidden states, those of the chunks one after the other; pooled is
+    text_encoder_2's projection of the first chunk.
     """
     embeds = []
     for encoder, tokenizer in zip(text_encoders, tokenizers):
-        output = encoder(tokenize(tokenizer, captions).to(device), output_hidden_states=True)
-        embeds.append(output.hidden_states[-2])
-    return torch.cat(embeds, dim=-1), output.text_embeds
+        output = encoder(tokenize(tokenizer, captions, chunks).to(device), output_hidden_states=True)
+        embeds.append(output.hidden_states[-2].unflatten(0, (-1, chunks)).flatten(1, 2))
+    return torch.cat(embeds, dim=-1), output.text_embeds[::chunks]
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
@@ -1520,7 +1545,8 @@ def diffusion_loss(
 
     with_empty = dropped_caption == "empty"
     captions = batch["captions"] + [""] * with_empty
-    prompt_embeds, pooled_prompt_embeds = encode_prompts(models.text_encoders, models.tokenizers, captions, device)
+    encoders = models.text_encoders, models.tokenizers
+    prompt_embeds, pooled_prompt_embeds = encode_prompts(*encoders, captions, device, models.caption_chunks)
     empty = None
     if with_empty:  # the last row of both is the empty caption's
         empty = (prompt_embeds[-1:], pooled_prompt_embeds[-1:])
@@ -1593,7 +1619,8 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder
 MATHEMATICS = """
     stage rank lora_alpha lora_dropout lora_target_modules use_dora use_rslora train_text_encoder text_encoder_rank
     text_encoder_alpha vae_precision max_train_samples resolution crop random_flip image_interpolation_mode species_key
-    species_choice species_mix species_mix_schedule caption_dropout_rate dropped_caption snr_gamma prediction_type
+    species_choice species_mix species_mix_schedule caption_dropout_rate dropped_caption long_captions snr_gamma
+    prediction_type
     noise_offset optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps adam_beta1
     adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
@@ -2374,6 +2401,11 @@ def make_run(args, accelerator, progress, stop):
 
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device)
+    captions = index.table.column("caption").to_pylist()
+    models.caption_chunks, cut, longest = count_chunks(models.tokenizers[0], captions, args.long_captions)
+    if cut and accelerator.is_main_process:
+        logger.warning("--long_captions %s: %d of %d captions are cut, the longest has %d tokens and %d are read",
+            args.long_captions, cut, len(captions), longest, 75 * models.caption_chunks)  # fmt: skip
     trained = add_adapters(args, models, progress.seed)
     register_adapter_hooks(accelerator, trained)
 

@@ -6,12 +6,14 @@ from diffusers import StableDiffusionXLPipeline
 from harness import SDXL
 
 from train_sdxl_lora import (
+    count_chunks,
     diffusion_loss,
     drop_captions,
     encode_prompts,
     load_models,
     make_time_ids,
     sample_batch_noise,
+    tokenize,
 )
 
 CAPTIONS = ["Thornip, jumping in the snow, masterpiece", "Aquafin and Inkray " + "in a cave, facing left, " * 30]
@@ -143,3 +145,57 @@ def test_time_ids_stay_float32_also_when_the_weights_are_bf16(models, seen):
     assert ours["prompt_embeds"].dtype == ours["text_embeds"].dtype == torch.bfloat16
     assert ours["time_ids"].dtype == torch.float32
     assert ours["time_ids"].tolist() == [[1365, 2049, 341, 0, 1024, 1024]]
+
+
+# ---- captions over 75 tokens
+
+
+def words(count):
+    return " ".join(["cave"] * count)
+
+
+def test_the_first_chunk_is_what_a_truncated_caption_is(models):
+    for tokenizer in models.tokenizers:
+        cut, chunked = tokenize(tokenizer, CAPTIONS), tokenize(tokenizer, CAPTIONS, 3)
+        assert chunked.shape == (6, 77)
+        assert torch.equal(chunked[::3], cut)
+        assert chunked[4].ne(chunked[3]).any()
+        assert torch.equal(chunked[1], chunked[2])  # the short caption has nothing more to say
+
+
+def test_no_token_is_lost_or_read_twice_between_chunks(models):
+    tokenizer = models.tokenizers[0]
+    whole = tokenizer([CAPTIONS[1]], add_special_tokens=False).input_ids[0]
+    assert 150 < len(whole) < 225
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    read = [token for token in tokenize(tokenizer, [CAPTIONS[1]], 3).flatten().tolist() if token not in marks]
+    assert read == [token for token in whole if token not in marks]
+
+
+def test_chunks_are_encoded_one_by_one_and_concatenated(models):
+    encoders = models.text_encoders, models.tokenizers
+    with torch.no_grad():
+        embeds, pooled = encode_prompts(*encoders, CAPTIONS, "cpu", 3)
+        first, first_pooled = encode_prompts(*encoders, CAPTIONS, "cpu")
+        alone, _ = encode_prompts(*encoders, CAPTIONS[1:], "cpu", 3)
+    assert embeds.shape == (2, 231, first.shape[-1])
+    torch.testing.assert_close(embeds[:, :77], first)
+    torch.testing.assert_close(pooled, first_pooled)
+    torch.testing.assert_close(alone[0], embeds[1])
+
+
+@pytest.mark.parametrize(
+    "mode, lengths, expected",
+    [
+        ("truncate", [3, 75], (1, 0, 75)),
+        ("truncate", [3, 76, 200], (1, 2, 200)),
+        ("chunk", [3, 75], (1, 0, 75)),
+        ("chunk", [3, 76], (2, 0, 76)),
+        ("chunk", [150, 300], (3, 1, 300)),
+    ],
+)
+def test_long_captions_are_counted(models, mode, lengths, expected):
+    tokenizer = models.tokenizers[0]
+    per_word = len(tokenizer([words(100)], add_special_tokens=False).input_ids[0]) / 100
+    assert per_word == 1
+    assert count_chunks(tokenizer, [words(n) for n in lengths], mode) == expected
