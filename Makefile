@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: demo test test-quick test-slow lint format clean
 
 demo: $(VENV)/installed
-	$(BIN)/python demo/run.py --output_dir demo/output
+	$(BIN)/python demo/launch.py --output_dir demo/output
 
 test: test-quick test-slow
 

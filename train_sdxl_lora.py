@@ -70,7 +70,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -754,7 +754,7 @@ class Shard:
     """
 
     def __init__(self, path, cache_dir):
-        self.path, self.remote, self.descriptor = path, None, None
+        self.path, self.remote, self.descriptor = path, None, None  # a descriptor is closed with its last user
         self.block, self.checked = (0, b""), time.monotonic()
         file = path
         if path.startswith("pipe:"):
@@ -815,7 +815,7 @@ class Shard:
             start, self.block = offset, (offset, block)
         return block[offset - start : offset - start + size]
 
-    def close(self):
+    def __del__(self):
         if self.descriptor is not None:
             os.close(self.descriptor)
 
@@ -982,7 +982,6 @@ def cached_index_shard(path, species_key, cache_dir):
         partial = cached.with_suffix(f".{os.getpid()}.tmp")
         pa.parquet.write_table(table, partial)
         os.replace(partial, cached)  # appears whole or not at all; another process may have made the same file
-    shard.close()
     return pa.parquet.read_table(cached)
 
 
@@ -1282,12 +1281,20 @@ class MicroBatches:
 # ---- decode, crop, batch
 
 
-def open_image(data):
-    """RGB image, EXIF orientation applied, alpha over white. Errors: ValueError when damaged, truncated or a bomb."""
+def open_image(data, short_side=None):
+    """(RGB image, (height, width) of the file): EXIF orientation applied, alpha over white.
+
+    With `short_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side stays at or above
+    that: four times as fast at 1024 px from 2048 px. Errors: ValueError when damaged, truncated or a bomb.
+    """
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"image of {image.width}x{image.height} px is too large")
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        original_size = (image.width, image.height) if turned else (image.height, image.width)
+        if short_side is not None:
+            image.draft(None, (short_side, short_side))
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
@@ -1296,8 +1303,8 @@ def open_image(data):
         raise ValueError(f"cannot decode image: {error}") from None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), original_size
 
 
 # Seam: crops. Contract: (top, left) of a resolution x resolution window inside the (height, width) image.
@@ -1340,20 +1347,21 @@ class ImageDataset(Dataset):
         if row["path"] == IN_TABLE:
             return self.index.images[row["offset"]][self.index.image_column]["bytes"]
         place = (os.getpid(), row["path"])
-        if place not in self.shards:
+        shard = self.shards.get(place)
+        if shard is None:
             if len(self.shards) >= MAX_OPEN_FILES:
-                self.shards.pop(next(iter(self.shards))).close()
-            self.shards[place] = Shard(row["path"], self.cache_dir)
-        self.shards[place].check_stamp(self.index.stamps.get(row["path"]))
-        return self.shards[place].read(row["offset"], row["size"])
+                self.shards.pop(list(self.shards)[0], None)
+            shard = self.shards[place] = Shard(row["path"], self.cache_dir)
+        shard.check_stamp(self.index.stamps.get(row["path"]))
+        return shard.read(row["offset"], row["size"])
 
     def open(self, i, label):
-        """(row, image, skipped): row i, or for a damaged one another of the same class, chosen by hash."""
+        """(row, image, original size, skipped): row i, or for a damaged one another of its class, chosen by hash."""
         skipped, candidates = [], np.zeros(0)
         for attempt in range(100):
             row = self.index.row(i)
             try:
-                return row, open_image(self.read(row)), skipped
+                return row, *open_image(self.read(row), self.resolution), skipped
             except ValueError as error:
                 skipped.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
             if attempt == 0 and label >= 0:
@@ -1365,10 +1373,16 @@ class ImageDataset(Dataset):
             i = candidates[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], attempt)) % len(candidates)]
         raise ValueError(f"{skipped[0]['shard']}: 100 damaged images in a row, the first {skipped[0]['key']}")
 
+    def __getitems__(self, requests):
+        """The items of a batch; over the network they are read at the same time."""
+        if not any(map(is_remote, self.index.stamps)):
+            return [self[request] for request in requests]
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            return list(pool.map(self.__getitem__, requests))
+
     def __getitem__(self, request):
         i, label, step, position = request
-        row, image, skipped = self.open(i, label)
-        original_size = (image.height, image.width)
+        row, image, original_size, skipped = self.open(i, label)
         image = resize_short_side(image, self.resolution, self.interpolation)
         identity = hash_text(row["image_id"])
         if self.random_flip and uniform(FLIP, self.seed, identity, step) < 0.5:

@@ -1,6 +1,6 @@
 """The demo: draw a dataset, teach the toy SDXL the species it has never seen, show and count what changed.
 
-    make demo        # or: python demo/run.py --output_dir demo/output
+    make demo        # python demo/launch.py --output_dir demo/output
 
 It writes OUTPUT/report.html, before_after.png and metrics.json beside the training run in OUTPUT/lora. Every picture
 is judged by the demo's own CLIP: which of the 16 species does it show, zero-shot? The judge saw drawings of all of
@@ -11,39 +11,42 @@ import argparse
 import html
 import json
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import psutil
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw
 from world import FACINGS, PLACES, POSES, PRETRAINED, SPECIES, UNSEEN, Scene, draw_scene, make_dataset
 
+import train_sdxl_lora
+
 HERE = Path(__file__).resolve().parent
+GLOBAL_BATCH = 16
 TRAINING = {
     "--resolution": 64,
-    "--train_batch_size": 16,
-    "--max_train_steps": 400,
+    "--max_train_steps": 320,
     "--learning_rate": 6e-3,
     "--rank": 32,
     "--lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     "--text_encoder_rank": 16,
     "--text_encoder_lr_scale": 1.0,
-    "--species_mix": (0.0, 0.1, 400),
+    "--species_mix": (0.0, 0.1, 320),
     "--caption_dropout_rate": 0.1,
     "--noise_offset": 0.2,  # without it yellow creatures come out red in bright places
-    "--checkpointing_steps": 200,
-    "--validation_steps": 400,
+    "--checkpointing_steps": 160,
+    "--validation_steps": 320,
     "--mixed_precision": "no",
     "--report_to": "none",
     "--seed": 0,
 }
 IMAGES_PER_UNSEEN, IMAGES_PER_PRETRAINED = 40, 8
-INFERENCE_STEPS, GUIDANCE = 8, 2.5
+INFERENCE_STEPS, GUIDANCE = 6, 2.5
 
 
 def make_panel():
@@ -180,8 +183,8 @@ def write_report(output_dir, before, after, command, facts):
     (output_dir / "report.html").write_text(page, encoding="utf-8")
 
 
-def train(output_dir):
-    """Runs the trainer as a user would; returns the command line."""
+def training_words(output_dir, processes):
+    """The trainer's command line, as a user would give it."""
     flags = {
         "--pretrained_model_name_or_path": HERE / "sdxl",
         "--train_shards": HERE / "data/data/train",
@@ -189,35 +192,61 @@ def train(output_dir):
         "--species_csv": HERE / "data/manifests/train_species.csv",
         "--output_dir": output_dir / "lora",
         **TRAINING,
+        "--train_batch_size": GLOBAL_BATCH // processes,
     }
-    words = [str(HERE.parent / "train_sdxl_lora.py"), "--train_text_encoder", "--overwrite_output_dir"]
+    words = ["--train_text_encoder", "--overwrite_output_dir"]
     for flag, value in flags.items():
         words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    subprocess.run([sys.executable, "-W", "ignore", *words], check=True)
-    return " ".join(["python", *words])
+    return words
+
+
+def merge(shares):
+    """The pictures of all processes in the panel's order, of which each process makes every n-th."""
+    images = np.zeros((sum(map(len, shares)), 64, 64, 3), np.uint8)
+    for rank, share in enumerate(shares):
+        images[rank :: len(shares)] = share
+    return images
+
+
+def wait_for(file):
+    """The array in `file`, as soon as the process that makes it has finished."""
+    while not file.exists():
+        time.sleep(0.1)
+    return np.load(file)
 
 
 def main(output_dir):
-    start = time.time()
+    state = PartialState(cpu=True)
+    rank, world = state.process_index, state.num_processes
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not (HERE / "data/manifests/train_species.csv").exists():
-        print("drawing the dataset: {} training and {} validation images".format(*make_dataset(HERE / "data")))
-    panel, judge = make_panel(), Judge()
-    print(f"before: {len(panel)} pictures by the base model", flush=True)
-    before_images = generate(load_pipeline(), panel)
-    before = score(panel, judge.name(before_images))
-    print("training the LoRA", flush=True)
-    training_start = time.time()
-    command = train(output_dir)
-    seconds = time.time() - training_start
-    print(f"after: {len(panel)} pictures with the LoRA", flush=True)
-    after_images = generate(load_pipeline(output_dir / "lora"), panel)
-    after = score(panel, judge.name(after_images))
+    with state.main_process_first():
+        if not (HERE / "data/manifests/train_species.csv").exists():
+            print("drawing the dataset: {} training and {} validation images".format(*make_dataset(HERE / "data")))
+    panel = make_panel()
+    after_files = [output_dir / f"after-{r}.npy" for r in range(world)]
+    after_files[rank].unlink(missing_ok=True)
+    state.print(f"before: {len(panel)} pictures by the base model", flush=True)
+    before_images = merge(gather_object([generate(load_pipeline(), panel[rank::world])]))
+    state.print("training the LoRA", flush=True)
+    start = time.time()
+    words = training_words(output_dir, world)
+    train_sdxl_lora.main(words)  # closes the processes' group at its end
+    state.print(f"trained in {time.time() - start:.0f} s; after: {len(panel)} pictures with the LoRA", flush=True)
+    partial = output_dir / f"partial-{rank}.npy"
+    np.save(partial, generate(load_pipeline(output_dir / "lora"), panel[rank::world]))
+    partial.replace(after_files[rank])
+    if not state.is_main_process:
+        return
 
+    after_images = merge([wait_for(file) for file in after_files])
+    judge = Judge()
+    before, after = score(panel, judge.name(before_images)), score(panel, judge.name(after_images))
     draw_before_after(panel, before_images, after_images, output_dir / "before_after.png")
-    facts = f"Training took {seconds:.0f} s, the whole demo {time.time() - start:.0f} s."
-    write_report(output_dir, before, after, command, facts)
-    scores = {"before": before, "after": after, "training_seconds": seconds, "seconds": time.time() - start}
+    launch = f"accelerate launch --num_processes {world}" if world > 1 else "python"
+    seconds = time.time() - psutil.Process().create_time()
+    facts = f"The demo took {seconds:.0f} s."
+    write_report(output_dir, before, after, " ".join([launch, "train_sdxl_lora.py", *words]), facts)
+    scores = {"before": before, "after": after, "seconds": seconds}
     (output_dir / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n")
     for group in ("unseen", "pretrained"):
         print(f"{group:>10} species, named right: base {percent(before[group])}  →  with LoRA {percent(after[group])}")

@@ -121,18 +121,22 @@ def mix(a, b, amount):
     return tuple(int(round(x + (y - x) * amount)) for x, y in zip(a, b))
 
 
-def draw_background(draw, rng, scene, width, height):
+def draw_background(rng, scene, width, height):
+    """An image (height, width): the sky from its top colour to the horizon's, the ground, small decorations."""
     top, bottom, ground, decoration = GROUNDS[scene.place]
     horizon = int(height * 0.68)
-    for y in range(horizon):
-        draw.line([(0, y), (width, y)], fill=mix(top, bottom, y / horizon))
-    draw.rectangle([0, horizon, width, height], fill=ground)
+    amounts = np.arange(horizon)[:, None] / horizon
+    sky = np.rint(top + np.subtract(bottom, top) * amounts).astype(np.uint8)
+    column = np.concatenate([sky, np.broadcast_to(np.uint8(ground), (height - horizon, 3))])
+    image = Image.fromarray(column[:, None]).resize((width, height), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(image)
     side = min(width, height)
     for _ in range(int(3 + 9 * scene.finish)):  # stars, flowers, crystals: a better picture has more of them
         x, r = rng.random() * width, side * (0.008 + 0.014 * rng.random())
         low, high = (0.05, 0.55) if scene.place in ("under a night sky", "in a cave") else (0.74, 0.97)
         y = height * (low + (high - low) * rng.random())
         draw.ellipse([x - r, y - r, x + r, y + r], fill=decoration)
+    return image
 
 
 class Pen:
@@ -292,9 +296,8 @@ def draw_creature(draw, s, scene, centre, radius):
 def draw_scene(scene, rng, width, height):
     """The picture as an RGB image of (width, height) pixels, drawn larger and scaled down."""
     w, h = width * SUPERSAMPLE, height * SUPERSAMPLE
-    image = Image.new("RGB", (w, h))
+    image = draw_background(rng, scene, w, h)
     draw = ImageDraw.Draw(image)
-    draw_background(draw, rng, scene, w, h)
     side, pair = min(w, h), len(scene.creatures) == 2
     floor = h / 2 + side * (0.12 if scene.pose == "standing" else -0.06)
     for i, s in enumerate(scene.creatures):

@@ -54,6 +54,10 @@ def index_shard(path, species_key="species_list"):
     return trainer.index_shard(trainer.Shard(str(path), None), species_key)
 
 
+def open_image(data):
+    return trainer.open_image(data)[0]
+
+
 def index_of_shard(path):
     rows, damage = index_shard(path)
     return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
@@ -571,12 +575,12 @@ def test_at_equal_global_batch_every_layout_sees_the_same_samples(batch_size, wo
 
 def test_alpha_is_composited_on_white():
     half = Image.new("RGBA", (4, 4), (200, 0, 0, 128))
-    assert trainer.open_image(encode(half)).getpixel((0, 0)) == (227, 127, 127)
-    assert trainer.open_image(encode(Image.new("LA", (4, 4), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(encode(half)).getpixel((0, 0)) == (227, 127, 127)
+    assert open_image(encode(Image.new("LA", (4, 4), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([9, 9, 9, 10, 20, 30])
-    assert trainer.open_image(encode(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
-    assert trainer.open_image(encode(palette, transparency=0)).getpixel((0, 0)) == (10, 20, 30)
+    assert open_image(encode(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(encode(palette, transparency=0)).getpixel((0, 0)) == (10, 20, 30)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -585,7 +589,7 @@ def test_exif_orientation_is_applied(kind):
     stored.paste("white", (0, 0, 16, 16))  # the left half; turned clockwise it is the upper half
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = trainer.open_image(encode(stored, kind, exif=exif))
+    image = open_image(encode(stored, kind, exif=exif))
     assert image.size == (16, 32)
     assert image.getpixel((8, 4))[0] > 200 and image.getpixel((8, 28))[0] < 50
 
@@ -594,23 +598,23 @@ def test_exif_orientation_is_applied(kind):
 @pytest.mark.parametrize("share", [0.2, 0.7, 0.97])
 def test_a_truncated_image_is_refused(kind, share):
     data = encode(noise_image(0, 64, 48), kind)
-    assert trainer.open_image(data).size == (64, 48)
+    assert open_image(data).size == (64, 48)
     with pytest.raises(ValueError):
-        trainer.open_image(data[: int(len(data) * share)])
+        open_image(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0", bytes(1000)])
 def test_bytes_that_are_no_image_are_refused(data):
     with pytest.raises(ValueError, match="image"):
-        trainer.open_image(data)
+        open_image(data)
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(trainer, "MAX_IMAGE_PIXELS", 50 * 40)
-    assert trainer.open_image(encode(Image.new("RGB", (50, 40)))).size == (50, 40)
+    assert open_image(encode(Image.new("RGB", (50, 40)))).size == (50, 40)
     header = encode(Image.new("RGB", (51, 40)))[:60]  # the pixels are not even there
     with pytest.raises(ValueError, match="51x40 px is too large"):
-        trainer.open_image(header)
+        open_image(header)
 
 
 def test_an_image_with_damaged_exif_is_refused_or_turned():
@@ -618,13 +622,29 @@ def test_an_image_with_damaged_exif_is_refused_or_turned():
     ifd = struct.pack("<H", 2) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
     data = encode(Image.new("RGB", (8, 6)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + ifd)
     with contextlib.suppress(ValueError):
-        assert trainer.open_image(data).size == (6, 8)
+        assert open_image(data).size == (6, 8)
 
 
 @pytest.mark.parametrize("value", [0, 64, 128, 255])
 def test_sixteen_bit_grey_keeps_its_brightness(value):
     image = Image.fromarray(np.full((4, 4), value * 257, np.uint16))
-    assert trainer.open_image(encode(image)).getpixel((0, 0)) == (value, value, value)
+    assert open_image(encode(image)).getpixel((0, 0)) == (value, value, value)
+
+
+@pytest.mark.parametrize("size, decoded", [((200, 128), (100, 64)), ((127, 300), (127, 300)), ((520, 512), (65, 64))])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_small_and_keeps_its_own_size(size, decoded, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    smooth = noise_image(1, 4, 4).resize(size, Image.Resampling.BICUBIC)
+    data = encode(smooth, "JPEG", quality=95, exif=exif)
+    image, original_size = trainer.open_image(data, 64)
+    whole, whole_size = trainer.open_image(data)
+    turn = 1 if orientation == 1 else -1
+    assert image.size == decoded[::turn] and whole.size == size[::turn]
+    assert original_size == whole_size == size[::-turn]
+    difference = np.asarray(whole.resize(image.size, Image.Resampling.BOX), float) - np.asarray(image, float)
+    assert np.abs(difference).mean() < 2
 
 
 # ---- crops

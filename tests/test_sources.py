@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from test_data import encode, index_of, index_shard, noise_image, sample, write_shard
+from test_data import encode, index_of, index_shard, noise_image, open_image, sample, write_shard
 
 import train_sdxl_lora as trainer
 
 KEYS = [f"s{i}" for i in range(12)]
+wait = time.sleep  # the trainer's own is switched off below
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def delivered(index, tmp_path, workers=0):
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; by ranges or whole; every nth request ends in an error or a cut connection."""
 
-    ranges, fail_every, requests = True, 0, 0
+    ranges, fail_every, requests, delay = True, 0, 0, 0
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -66,6 +67,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         type(self).requests += 1
+        wait(self.delay)
         data = (self.folder / self.path.lstrip("/")).read_bytes()
         failing = self.fail_every and self.requests % self.fail_every == 0
         if failing and self.requests // self.fail_every % 2:
@@ -127,6 +129,18 @@ def test_every_source_gives_the_stream_of_the_local_files(shards, serve, tmp_pat
     stream = delivered(index, tmp_path / "remote", workers)
     assert len(stream) == 12
     assert stream == delivered(local, tmp_path / "local", workers)
+
+
+def test_a_batch_is_read_at_the_same_time(serve, tmp_path):
+    url, handler = serve(delay=0.1)
+    index = load_index([url], tmp_path)
+    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
+    requests = [(i, -1, 0, i) for i in range(12)]
+    dataset.__getitems__(requests[:3])
+    started = time.time()
+    batch = dataset.__getitems__(requests)
+    assert time.time() - started < 0.7 < 12 * handler.delay
+    assert [item["keys"] for item in batch] == KEYS
 
 
 def test_a_server_that_fails_for_good_ends_the_run_with_its_url(serve, tmp_path):
@@ -384,14 +398,14 @@ def test_a_thousand_damages_are_each_named_and_none_is_trained_on(tmp_path):
         trained = {}
         for i in range(len(rows)):
             try:
-                row, image, skipped = dataset.open(i, -1)
+                row, image, _, skipped = dataset.open(i, -1)
             except ValueError as error:  # a shard of one damaged image
                 reports.append({"key": rows[i]["key"], "reason": str(error)})
                 continue
             reports += skipped
             trained.setdefault(row["key"], (image, row))
         for key, (image, row) in trained.items():
-            whole = trainer.open_image(samples[key][kind])
+            whole = open_image(samples[key][kind])
             assert image.tobytes() == whole.tobytes(), (number, damage, key)
             assert row["caption"].encode() == samples[key]["txt"], (number, damage, key)
             assert row["labels"] == ["mew"], (number, damage, key)
@@ -403,7 +417,5 @@ def test_a_thousand_damages_are_each_named_and_none_is_trained_on(tmp_path):
         if damage != "twice":
             assert not touched & set(trained) or damage in ("cut", "header"), (number, damage)
         outcomes[damage] = outcomes.get(damage, 0) + 1
-        for shard in dataset.shards.values():
-            shard.close()
     assert sum(outcomes.values()) == 1000 and min(outcomes.values()) > 100
     assert time.process_time() - started < 60
