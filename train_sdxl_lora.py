@@ -86,9 +86,11 @@ IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, befor
 READ_AHEAD = 1 << 17  # bytes that indexing reads at once
 IO_THREADS = 16  # reads over the network that a process keeps under way
 STAMP_SECONDS = 60  # how often a shard on the network is asked whether it changed
-INDEX_VERSION = 2  # part of the index cache's key: raise it when a column changes
+INDEX_VERSION = 3  # part of the index cache's key: raise it when a column changes
 IN_TABLE = "row of the dataset"  # in place of a path: the bytes are in a table of --dataset_name
 MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads 225 tokens at most
+HEADER_BYTES = 1 << 16  # of an image, in which indexing finds its size; where they are too few it reads all
+BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as SDXL was trained (arXiv:2307.01952, app. I)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
@@ -171,7 +173,8 @@ def add_data_arguments(parser):
     add("--cache_dir", metavar="DIR", help="for downloads, shard copies and the data index; --output_dir by default")
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
     add("--crop", choices=["random_ar", "center", "bucket"],
-        help="random_ar by default (refiner: center): near the middle of the long side")
+        help="random_ar by default (refiner: center): a square near the middle of the long side; "
+        "bucket: the size of about as many pixels whose shape is nearest, one size per step")
     add("--center_crop", **switch, help="same as --crop center")
     add("--random_flip", **switch, help="mirror half of the images")
     modes = ["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -409,7 +412,6 @@ def check_not_yet(parser, args):
         "--stage refiner": args.stage == "refiner",
         "--refiner_unet": args.refiner_unet,
         "--text_encoder_2_lora": args.text_encoder_2_lora,
-        "--crop bucket": args.crop == "bucket",
         "--cache_latents": args.cache_latents,
         "--cache_text_embeddings": args.cache_text_embeddings,
         "--compile": args.compile,
@@ -449,6 +451,8 @@ def check_values(parser, args):
         )
     if args.resolution % 8:
         parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
+    if args.crop == "bucket" and args.resolution % BUCKET_STEP:
+        parser.error(f"--resolution: found {args.resolution}; --crop bucket works on multiples of {BUCKET_STEP} px")
     if args.center_crop and args.crop not in (None, "center"):
         parser.error(f"--center_crop: contradicts --crop {args.crop}; give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
@@ -664,7 +668,7 @@ def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
 
 # Purposes of the random numbers: each draw is a hash of (purpose, seed, what it is drawn for), so none depends on
 # process count, worker count, prefetching or the clock.
-ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK = range(9)
+ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK, BUCKET = range(10)
 
 
 def hash64(*parts):
@@ -831,11 +835,11 @@ INDEX_SCHEMA = pa.schema(
 
 
 def iter_tar_members(shard, report):
-    """(name, offset, size) of the regular files in a Shard; reads headers only and verifies their checksums.
+    """(name, offset, size, head) of the regular files in a Shard; verifies the headers' checksums.
 
-    Damage is told to report(reason) and stands as None among the members; after a bad header the scan goes on at the
-    next block that is a good one, and to the end of the file: zero blocks may be an archive's end, damage, or black
-    pixels after a lost header.
+    `head` is a file's first HEADER_BYTES, which came with its tar header. Damage is told to report(reason) and stands
+    as None among the members; after a bad header the scan goes on at the next block that is a good one, and to the
+    end of the file: zero blocks may be an archive's end, damage, or black pixels after a lost header.
     """
     position, long_name, lost, zero_blocks = 0, None, False, 0
     while position + 512 <= shard.size:
@@ -864,7 +868,8 @@ def iter_tar_members(shard, report):
             found = re.search(rb"^\d+ path=(.*)$", shard.peek(position, member.size), re.MULTILINE)
             long_name = found[1].decode("utf-8", "surrogateescape") if found else None
         elif member.isreg():
-            yield long_name or member.name, position, member.size
+            head = shard.peek(position, min(member.size, HEADER_BYTES))
+            yield long_name or member.name, position, member.size, head
             long_name = None
         position += -(-member.size // 512) * 512
     if zero_blocks < 2:
@@ -872,26 +877,28 @@ def iter_tar_members(shard, report):
 
 
 def group_members(members):
-    """[(sample key, {extension: (offset, size)})]: runs of members with one key, the path up to the file's first dot.
+    """Yields (sample key, {extension: (offset, size, head)}); a sample's key is its members' path up to the first dot.
 
     A sample beside damage (None among the members) has the extension "damage": a member of it may be lost.
     """
-    samples, beside_damage = [], False
+    current, sample, beside_damage = None, {}, False
     for member in members:
         if member is None:
             beside_damage = True
-            if samples:
-                samples[-1][1]["damage"] = None
+            sample["damage"] = None
             continue
-        name, offset, size = member
+        name, *place = member
         folder, _, filename = name.rpartition("/")
         stem, _, extension = filename.partition(".")
         key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-        if not samples or samples[-1][0] != key or extension in samples[-1][1]:
-            samples.append((key, {"damage": None} if beside_damage else {}))
-        samples[-1][1][extension] = (offset, size)
+        if key != current or extension in sample:
+            if current is not None:
+                yield current, sample
+            current, sample = key, {"damage": None} if beside_damage else {}
+        sample[extension] = tuple(place)
         beside_damage = False
-    return samples
+    if current is not None:
+        yield current, sample
 
 
 def read_labels(metadata, species_key):
@@ -910,26 +917,57 @@ def number_or_none(value):
     return value if is_number and abs(value) < 2**31 else None
 
 
+def oriented_size(image):
+    """(height, width) of a PIL image as its EXIF orientation turns it. Errors: ValueError for a decompression bomb."""
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"image of {width}x{height} px is too large")
+    # a PNG's EXIF may stand behind the pixels, and Pillow would decode them to look for it
+    has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
+    turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def measure_image(head, read_all=None):
+    """oriented_size from the first bytes of a file, or from all where these are too few.
+
+    Errors: ValueError when it is no image or a decompression bomb.
+    """
+    try:
+        return oriented_size(Image.open(io.BytesIO(head)))
+    except Exception:  # Pillow wants the whole of a WebP, and of a JPEG with long EXIF
+        data = read_all() if read_all is not None else head
+    try:
+        return oriented_size(Image.open(io.BytesIO(data)))
+    except Exception as error:  # decoders raise what they like on damaged files
+        raise ValueError(f"cannot decode image: {error}") from None
+
+
 def index_sample(shard, key, members, species_key):
     """The index row of one sample. Errors: ValueError with what is damaged."""
+
+    def content(extension):
+        offset, size, head = members[extension]
+        return head if len(head) == size else shard.read(offset, size)
 
     image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if image is None:
         raise ValueError("no image")
-    if members[image][1] == 0:
+    offset, size, head = members[image]
+    if size == 0:
         raise ValueError("image of zero bytes")
     if "txt" not in members:
         raise ValueError("no caption")
     if "damage" in members and "json" not in members:
         raise ValueError("no .json, beside a damaged header")
     try:
-        caption = shard.peek(*members["txt"]).decode("utf-8").strip()
+        caption = content("txt").decode("utf-8").strip()
     except UnicodeDecodeError:
         raise ValueError("caption is not UTF-8") from None
     if not caption:
         raise ValueError("empty caption")
     try:
-        metadata = json.loads(shard.peek(*members["json"])) if "json" in members else {}
+        metadata = json.loads(content("json")) if "json" in members else {}
     except ValueError:
         raise ValueError("bad JSON") from None
     if not isinstance(metadata, dict):
@@ -937,17 +975,18 @@ def index_sample(shard, key, members, species_key):
     image_id = str(metadata.get("image_id") or f"{shard.path.rpartition('/')[2]}/{key}")
     if not image_id.isprintable():  # a lone surrogate, say
         raise ValueError("image_id is not text")
+    height, width = measure_image(head, lambda: content(image))
     return {
         "key": key,
         "image_id": image_id,
         "caption": caption,
         "labels": read_labels(metadata, species_key),
-        "width": number_or_none(metadata.get("width")),
-        "height": number_or_none(metadata.get("height")),
+        "width": width,
+        "height": height,
         "score": number_or_none(metadata.get("ae_aesthetic")),
         "path": shard.path,
-        "offset": members[image][0],
-        "size": members[image][1],
+        "offset": offset,
+        "size": size,
     }
 
 
@@ -1013,21 +1052,29 @@ def load_dataset(args):
 def index_dataset(table, args):
     """(rows, damage) of a table of load_dataset: images are files, or bytes in the row that `offset` says."""
     source, rows, damage = args.train_data_dir or args.dataset_name, [], []
-    images = table.data.column(args.image_column).combine_chunks().field("path") if len(table) else []
-    in_table = table.data.column(args.image_column).combine_chunks().field("bytes").is_valid() if len(table) else []
-    for i, row in enumerate(table.remove_columns(args.image_column)):
-        path, caption = images[i].as_py(), row[args.caption_column]
+    for i, row in enumerate(table):
+        image, caption = row[args.image_column] or {}, row[args.caption_column]
         caption = next(iter(caption), None) if isinstance(caption, list) else caption
+        data, path = image.get("bytes"), image.get("path")
         name = os.path.relpath(path, source) if args.train_data_dir else f"row {i}"
-        if not str(caption or "").strip():
-            damage.append({"shard": source, "key": name, "reason": "no caption"})
+        try:
+            if not str(caption or "").strip():
+                raise ValueError("no caption")
+            if data is None:
+                data = Path(path).read_bytes()
+                place = {"path": path, "offset": 0, "size": len(data)}
+            else:
+                place = {"path": IN_TABLE, "offset": i, "size": -1}
+            height, width = measure_image(data)
+            labels = read_labels(row, args.species_key)
+        except (ValueError, TypeError, OSError) as error:
+            damage.append({"shard": source, "key": name, "reason": str(error)})
             continue
-        place = {"path": IN_TABLE, "offset": i, "size": -1} if in_table[i].as_py() else None
         rows.append(
             {"key": name, "image_id": str(row.get("image_id") or name), "caption": str(caption).strip()}
-            | {"labels": read_labels(row, args.species_key), "score": number_or_none(row.get("ae_aesthetic"))}
-            | {"width": None, "height": None}
-            | (place or {"path": path, "offset": 0, "size": os.path.getsize(path)})
+            | {"labels": labels, "score": number_or_none(row.get("ae_aesthetic"))}
+            | {"width": width, "height": height}
+            | place
         )
     return rows, damage
 
@@ -1043,7 +1090,9 @@ class Index:
     label_names: list
     label_codes: np.ndarray  # (M,) int32, into label_names
     label_starts: np.ndarray  # (N + 1,) int64
+    buckets: np.ndarray  # (N,) int64, into bucket_sizes
     stamps: dict = field(default_factory=dict)  # {shard: Shard.stamp when it was indexed}
+    bucket_sizes: tuple = ()  # [(height, width)] of --crop bucket, else there is one bucket: a square
     images: datasets.Dataset | None = None  # where rows at IN_TABLE have their bytes
     image_column: str = "image"
 
@@ -1052,6 +1101,18 @@ class Index:
 
     def row(self, i):
         return {name: self.table.column(name)[int(i)].as_py() for name in self.table.column_names}
+
+    def sizes(self):
+        """(N, 2) float64: the files' own heights and widths in px."""
+        return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
+
+    def shares(self, choice):
+        """(rows, codes, shares): what part of a row's arrivals counts for which of its labels."""
+        counts = np.diff(self.label_starts)
+        if choice == "first":
+            rows = np.flatnonzero(counts)
+            return rows, self.label_codes[self.label_starts[rows]], np.ones(len(rows))
+        return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
     def fingerprint(self):
         """Hex digest of what training sees: ids, captions and labels, whatever the shards' paths and order."""
@@ -1094,6 +1155,7 @@ def make_index(table, damage, total=None, **sources):
         label_names=names,
         label_codes=np.array([code_of[name] for name in flat], dtype=np.int32),
         label_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        buckets=np.zeros(len(table), dtype=np.int64),
         **sources,
     )
 
@@ -1170,13 +1232,8 @@ class SpeciesMix:
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
         self.start, self.end, self.steps, self.schedule = start, end, steps, schedule
         self.names = index.label_names
-        per_row = np.diff(index.label_starts)
-        weight = np.repeat(1.0 / np.maximum(per_row, 1), per_row)
-        codes = index.label_codes
-        if choice == "first":
-            codes = codes[index.label_starts[:-1][per_row > 0]]
-            weight = np.ones(len(codes))
-        arrivals = np.bincount(codes, weights=weight, minlength=len(self.names))
+        _, codes, shares = index.shares(choice)
+        arrivals = np.bincount(codes, weights=shares, minlength=len(self.names))
         self.support = arrivals > 0  # with `first`, a label may never come first
         self.arrival = arrivals / max(arrivals.sum(), 1)
         counts = csv_counts or dict(zip(self.names, arrivals))
@@ -1211,43 +1268,66 @@ class SpeciesMix:
 class SamplePlan:
     """The rows of every global batch: a pure function of (index, mix, seed, global batch) and the step.
 
-    Each image arrives once per pass, in an order hashed from (image id, seed, pass), and meets an acceptance draw of
-    its own. The state is three integers: step, pass, position.
+    A batch is of one bucket, which is drawn in proportion to what the acceptance rule takes of each; there is one
+    bucket but for --crop bucket. In a bucket each image arrives once per pass, in an order hashed from (image id,
+    seed, pass), and meets an acceptance draw of its own, so the classes follow the mix exactly, over the buckets
+    together. The state is the step and each bucket's (pass, position).
     """
 
-    def __init__(self, index, mix, choice, seed, global_batch, step=0, pass_=0, position=0):
+    def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None):
         self.index, self.mix, self.choice, self.seed, self.global_batch = index, mix, choice, seed, global_batch
-        self.step, self.position = step, position
-        self.begin_pass(pass_)
+        count = max(1, len(index.bucket_sizes))
+        self.step, self.cursors = step, [list(c) for c in cursors or [(0, 0)] * count]
+        self.members = [np.flatnonzero(index.buckets == bucket) for bucket in range(count)]
+        self.passes = {}  # bucket → (its pass, what begin_pass gave for it)
+        self.arrivals = np.zeros((count, len(mix.names) + 1))  # of each class, last of none, in a pass
+        rows, codes, shares = index.shares(choice)
+        np.add.at(self.arrivals, (index.buckets[rows], codes), shares)
+        unlabelled = index.buckets[np.diff(index.label_starts) == 0]
+        self.arrivals[:, -1] = np.bincount(unlabelled, minlength=count)
 
-    def begin_pass(self, pass_):
-        ids, starts = self.index.id_hashes, self.index.label_starts
-        self.pass_ = pass_
-        self.order = np.argsort(hash64(ORDER, self.seed, pass_, ids), kind="stable")
-        self.draws = uniform(ACCEPT, self.seed, pass_, ids)
-        counts = np.diff(starts)
+    def begin_pass(self, bucket, pass_):
+        """(rows, labels, draws) of a bucket's pass in the order of arrival; label -1 is none."""
+        rows = self.members[bucket]
+        rows = rows[np.argsort(hash64(ORDER, self.seed, pass_, self.index.id_hashes[rows]), kind="stable")]
+        ids, starts = self.index.id_hashes[rows], self.index.label_starts[rows]
+        counts = self.index.label_starts[rows + 1] - starts
         pick = np.zeros(len(ids)) if self.choice == "first" else uniform(LABEL, self.seed, pass_, ids)
-        at = starts[:-1] + np.minimum((pick * counts).astype(np.int64), np.maximum(counts - 1, 0))
+        at = starts + np.minimum((pick * counts).astype(np.int64), np.maximum(counts - 1, 0))
         codes = np.append(self.index.label_codes, -1)
-        self.labels = np.where(counts > 0, codes[np.minimum(at, len(codes) - 1)], -1)
+        labels = np.where(counts > 0, codes[np.minimum(at, len(codes) - 1)], -1)
+        return rows, labels, uniform(ACCEPT, self.seed, pass_, ids)
+
+    def bucket_weights(self, step):
+        """(buckets,) probability that the step's batch is of each: Σ over classes of target × arrivals' share."""
+        taken = self.arrivals @ self.mix.acceptance(step)
+        return taken / taken.sum()
 
     def next_batch(self):
         """(rows, labels), each (global_batch,), of the current step; moves on to the next."""
+        draw = uniform(BUCKET, self.seed, self.step)
+        bucket = int(np.searchsorted(np.cumsum(self.bucket_weights(self.step))[:-1], draw, side="right"))
         acceptance = self.mix.acceptance(self.step)
+        acceptance = acceptance / acceptance[self.arrivals[bucket] > 0].max()  # as many as the bucket's law allows
+        cursor = self.cursors[bucket]  # [pass, position]
         rows, labels, passes = [], [], 0
         while len(rows) < self.global_batch:
-            if self.position >= len(self.order):
-                self.begin_pass(self.pass_ + 1)
-                self.position, passes = 0, passes + 1
+            if self.passes.get(bucket, (None,))[0] != cursor[0]:
+                self.passes[bucket] = cursor[0], self.begin_pass(bucket, cursor[0])
+            order, its_labels, draws = self.passes[bucket][1]
+            if cursor[1] >= len(order):
+                cursor[:] = cursor[0] + 1, 0
+                passes += 1
                 if passes > 10_000:
                     raise RuntimeError("--species_mix: no sample was accepted in 10,000 passes over the data")
-            arriving = self.order[self.position : self.position + 65536]
-            taken = np.flatnonzero(self.draws[arriving] < acceptance[self.labels[arriving]])
-            taken = taken[: self.global_batch - len(rows)]
-            rows.extend(arriving[taken])
-            labels.extend(self.labels[arriving[taken]])
+                continue
+            arriving = slice(cursor[1], cursor[1] + 65536)
+            taken = np.flatnonzero(draws[arriving] < acceptance[its_labels[arriving]])
+            taken = cursor[1] + taken[: self.global_batch - len(rows)]
+            rows.extend(order[taken])
+            labels.extend(its_labels[taken])
             full = len(rows) == self.global_batch
-            self.position += int(taken[-1]) + 1 if full else len(arriving)
+            cursor[1] = int(taken[-1]) + 1 if full else min(arriving.stop, len(order))
         self.step += 1
         return np.array(rows), np.array(labels)
 
@@ -1256,7 +1336,7 @@ class SamplePlan:
 class MicroBatches:
     """Batch sampler of one rank: yields lists of (row, label, step, position in the run's global order).
 
-    Planning runs ahead of training by what the workers prefetch; `states[n]` is where the plan stood after n steps.
+    Planning runs ahead of training by what the workers prefetch; `states[n]` is the plan's cursors after n steps.
     """
 
     plan: SamplePlan
@@ -1270,7 +1350,7 @@ class MicroBatches:
         while self.plan.step < self.last_step:
             step = self.plan.step
             rows, labels = self.plan.next_batch()
-            self.states[self.plan.step] = {"pass": self.plan.pass_, "position": self.plan.position}
+            self.states[self.plan.step] = [tuple(cursor) for cursor in self.plan.cursors]
             first = step * self.plan.global_batch
             stride = self.batch_size * self.world
             for start in range(self.rank * self.batch_size, len(rows), stride):
@@ -1281,21 +1361,21 @@ class MicroBatches:
 # ---- decode, crop, batch
 
 
-def open_image(data, short_side=None):
+def open_image(data, cover=None):
     """(RGB image, (height, width) of the file): EXIF orientation applied, alpha over white.
 
-    With `short_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side stays at or above
-    that: four times as fast at 1024 px from 2048 px. Errors: ValueError when damaged, truncated or a bomb.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as it still covers `cover` (height, width): four times as
+    fast at 1024 px from 2048 px. Errors: ValueError when damaged, truncated or a bomb.
     """
     try:
         image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"image of {image.width}x{image.height} px is too large")
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        original_size = (image.width, image.height) if turned else (image.height, image.width)
-        if short_side is not None:
-            image.draft(None, (short_side, short_side))
+        original_size = oriented_size(image)
+        if cover is not None:
+            turned = original_size != (image.height, image.width)
+            image.draft(None, cover if turned else cover[::-1])
         image.load()
+        if image.format == "PNG":
+            original_size = oriented_size(image)  # now with EXIF from behind the pixels
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -1307,7 +1387,21 @@ def open_image(data, short_side=None):
     return image.convert("RGB"), original_size
 
 
-# Seam: crops. Contract: (top, left) of a resolution x resolution window inside the (height, width) image.
+# Seam: crops and buckets. Contract: a bucket is a (height, width) in multiples of BUCKET_STEP px, a row's own for all
+# of a run; a crop is the (top, left) of a window of that size inside the image, which was scaled to cover it.
+def make_buckets(resolution):
+    """[(height, width)] of at most resolution² px each, from 1:4 to 4:1, the sides multiples of BUCKET_STEP."""
+    shorts = range(-(-resolution // 2 // BUCKET_STEP) * BUCKET_STEP, resolution + 1, BUCKET_STEP)
+    tall = {(resolution**2 // short // BUCKET_STEP * BUCKET_STEP, short) for short in shorts if short}
+    return sorted(tall | {(short, long) for long, short in tall})
+
+
+def nearest_buckets(sizes, buckets):
+    """(N,) the bucket whose aspect ratio is nearest to each of `sizes` (N, 2): the least is cut off."""
+    ratios, own = np.log([height / width for height, width in buckets]), np.log(sizes[:, 0] / sizes[:, 1])
+    return np.abs(own[:, None] - ratios).argmin(axis=1)
+
+
 def random_ar_crop(height, width, resolution, u):
     """Window near the middle of the long side, u in [0, 1); beyond 2:1 the centre or the start edge, half each."""
     long, short = max(height, width), min(height, width)
@@ -1321,23 +1415,25 @@ def random_ar_crop(height, width, resolution, u):
     return (offset, 0) if height > width else (0, offset)
 
 
-def center_crop(height, width, resolution):
-    """(top, left) of the middle window."""
-    return int(round((height - resolution) / 2)), int(round((width - resolution) / 2))
+def center_crop(height, width, bucket):
+    """(top, left) of the middle window of size `bucket`."""
+    return int(round((height - bucket[0]) / 2)), int(round((width - bucket[1]) / 2))
 
 
-def resize_short_side(image, resolution, interpolation):
-    """The image with its short side at `resolution` px, aspect ratio kept."""
-    scale = resolution / min(image.size)
-    size = [max(resolution, round(side * scale)) for side in image.size]
-    return image if tuple(size) == image.size else image.resize(size, interpolation)
+def resize_to_cover(image, bucket, interpolation):
+    """The image, aspect ratio kept, as small as covers the (height, width) of `bucket`."""
+    height, width = bucket
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    return image if size == image.size else image.resize(size, interpolation)
 
 
 class ImageDataset(Dataset):
     """Decoded, cropped samples; an item is asked for by (row, label, step, position in the global order)."""
 
     def __init__(self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None):
-        self.index, self.seed, self.resolution = index, seed, resolution
+        self.index, self.seed = index, seed
+        self.bucket_sizes = index.bucket_sizes or [(resolution, resolution)]
         self.crop, self.random_flip, self.cache_dir = crop, random_flip, cache_dir
         self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
         self.shards = {}  # (process, path) → Shard
@@ -1355,22 +1451,33 @@ class ImageDataset(Dataset):
         shard.check_stamp(self.index.stamps.get(row["path"]))
         return shard.read(row["offset"], row["size"])
 
+    def replacement(self, i, label, tried):
+        """A row in place of a damaged one, chosen by hash: of its class and bucket, else of its bucket, else any."""
+        in_bucket = self.index.buckets == self.index.buckets[i]
+        of_class = np.zeros(len(self.index), dtype=bool)
+        if label >= 0:
+            owners = np.repeat(np.arange(len(self.index)), np.diff(self.index.label_starts))
+            of_class[owners[self.index.label_codes == label]] = True
+        for allowed in (in_bucket & of_class, in_bucket, np.ones_like(in_bucket)):
+            allowed[tried] = False
+            rows = np.flatnonzero(allowed)
+            if len(rows):
+                return int(rows[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], len(tried))) % len(rows)])
+        raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
+
     def open(self, i, label):
-        """(row, image, original size, skipped): row i, or for a damaged one another of its class, chosen by hash."""
-        skipped, candidates = [], np.zeros(0)
-        for attempt in range(100):
-            row = self.index.row(i)
+        """(row, image, original size, skipped): row i, or its replacement when it is damaged."""
+        bucket, tried, skipped = self.bucket_sizes[self.index.buckets[i]], [i], []
+        while len(tried) <= 100:
+            row = self.index.row(tried[-1])
             try:
-                return row, *open_image(self.read(row), self.resolution), skipped
+                image, original_size = open_image(self.read(row), bucket)
+                if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
+                    raise ValueError("EXIF behind the pixels turns the image: not of its bucket")
+                return row, image, original_size, skipped
             except ValueError as error:
                 skipped.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
-            if attempt == 0 and label >= 0:
-                owners = np.repeat(np.arange(len(self.index)), np.diff(self.index.label_starts))
-                candidates = owners[self.index.label_codes == label]
-            candidates = candidates[candidates != i]
-            if len(candidates) == 0:  # the whole class is damaged
-                candidates = np.delete(np.arange(len(self.index)), i)
-            i = candidates[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], attempt)) % len(candidates)]
+            tried.append(self.replacement(i, label, tried))
         raise ValueError(f"{skipped[0]['shard']}: 100 damaged images in a row, the first {skipped[0]['key']}")
 
     def __getitems__(self, requests):
@@ -1382,23 +1489,24 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, request):
         i, label, step, position = request
+        height, width = bucket = self.bucket_sizes[self.index.buckets[i]]
         row, image, original_size, skipped = self.open(i, label)
-        image = resize_short_side(image, self.resolution, self.interpolation)
+        image = resize_to_cover(image, bucket, self.interpolation)
         identity = hash_text(row["image_id"])
         if self.random_flip and uniform(FLIP, self.seed, identity, step) < 0.5:
             image = ImageOps.mirror(image)
-        if self.crop == "center":
-            top, left = center_crop(image.height, image.width, self.resolution)
-        else:
+        if self.crop == "random_ar":
             u = float(uniform(CROP, self.seed, identity, step))
-            top, left = random_ar_crop(image.height, image.width, self.resolution, u)
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+            top, left = random_ar_crop(image.height, image.width, height, u)
+        else:
+            top, left = center_crop(image.height, image.width, bucket)
+        image = image.crop((left, top, left + width, top + height))
         return {
             "pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),  # (3, H, W) uint8
             "captions": row["caption"],
             "original_sizes": original_size,
             "crop_top_lefts": (top, left),
-            "target_sizes": (self.resolution, self.resolution),
+            "target_sizes": bucket,
             "aesthetic_scores": 6.0 if row["score"] is None else min(max(row["score"] / 10, 1.0), 10.0),
             "species": self.index.label_names[label] if label >= 0 else None,
             "keys": row["key"],
@@ -1647,8 +1755,7 @@ class Progress:
     step: int = 0
     seed: int = 0
     run_id: str = ""
-    data_pass: int = 0
-    data_position: int = 0
+    cursors: list | None = None  # SamplePlan's: of each bucket the pass and the position in it
     loss_sum: float = 0.0  # of the optimizer steps since the last row of metrics
     loss_count: int = 0
     skipped: int = 0  # samples replaced because they were damaged
@@ -2196,8 +2303,7 @@ def train(run):
         run.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
-        state = run.batches.states.pop(progress.step)
-        progress.data_pass, progress.data_position = state["pass"], state["position"]
+        progress.cursors = run.batches.states.pop(progress.step)
         progress.skipped += replaced
         if skipped:
             note_skipped(args, run.batches.plan.index, skipped)
@@ -2328,6 +2434,9 @@ def make_data(accelerator, args, seed):
     csv_counts = read_species_csv(args.species_csv) if args.species_csv else None
     start, end, steps = args.species_mix
     mix = SpeciesMix(index, args.species_choice, csv_counts, start, end, steps, args.species_mix_schedule)
+    if args.crop == "bucket":
+        index.bucket_sizes = make_buckets(args.resolution)
+        index.buckets = nearest_buckets(index.sizes(), index.bucket_sizes)
     val_index = load_index(accelerator, args, "--val_shards", seed) if args.val_shards else None
     if accelerator.is_main_process:
         log_data(index, mix, csv_counts)
@@ -2434,7 +2543,7 @@ def make_run(args, accelerator, progress, stop):
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     warmup_steps = round(0.03 * max_train_steps) if args.lr_warmup_steps is None else args.lr_warmup_steps
-    position = (progress.step, progress.data_pass, progress.data_position)
+    position = (progress.step, progress.cursors)
     plan = SamplePlan(index, mix, args.species_choice, progress.seed, global_batch, *position)
     batches = MicroBatches(
         plan, max_train_steps, args.train_batch_size, accelerator.process_index, accelerator.num_processes

@@ -244,7 +244,7 @@ REFUSED = [
     ("--species_mix 0.2 0.5", "species_mix", "3 arguments"),
     ("--center_crop --crop random_ar", "center_crop", "contradicts --crop random_ar"),
     ("--use_8bit_adam --optimizer prodigy", "use_8bit_adam", "contradicts"),
-    ("--crop bucket", "crop bucket", "not yet"),
+    ("--crop bucket --resolution 72", "resolution", "multiples of 64 px"),
     ("--stage refiner", "stage refiner", "not yet"),
     ("--pretrained_model_name_or_path ./nowhere", "pretrained_model_name_or_path", "no folder nowhere"),
     ("--pretrained_model_name_or_path ./no_unet", "pretrained_model_name_or_path", "has no unet;"),

@@ -39,6 +39,18 @@ def tensors_of(folder):
     return adapters | state
 
 
+def note_shapes(folder, module):
+    """Writes the height and width of every micro-step's pictures, one file per rank."""
+    original = module.train_step
+
+    def train_step(run, batch):
+        with open(f"{folder}/shapes-{run.accelerator.process_index}.txt", "a") as file:
+            file.write("{}x{}\n".format(*batch["pixel_values"].shape[-2:]))
+        return original(run, batch)
+
+    module.train_step = train_step
+
+
 def assert_same_run(a, b, step):
     first, second = tensors_of(a.output_dir / f"checkpoint-{step}"), tensors_of(b.output_dir / f"checkpoint-{step}")
     assert first.keys() == second.keys()
@@ -56,6 +68,19 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_run(flags, world, tmp_pat
     assert killed.codes == [-signal.SIGKILL]
     assert (tmp_path / "killed/checkpoint-4").is_dir() and not (tmp_path / "killed/checkpoint-6").exists()
     assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "killed")), step=6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_and_resumed_run_in_buckets_is_the_uninterrupted_run(flags, tmp_path, processes):
+    argv = [*flags, *HARD, "--crop", "bucket", "--resolution", 192]
+    whole = assert_ok(run_trainer(argv, tmp_path / "whole", processes, setup=partial(note_shapes, tmp_path)))
+    argv += ["--resume_from_checkpoint", "latest"]
+    killed = run_trainer(argv, tmp_path / "killed", processes, setup=partial(die_in_micro_step, 9), timeout=120)
+    assert -signal.SIGKILL in killed.codes and not (tmp_path / "killed/checkpoint-6").exists()
+    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "killed", processes)), step=6)
+    ranks = [(tmp_path / f"shapes-{rank}.txt").read_text().split() for rank in range(processes)]
+    assert all(shapes == ranks[0] for shapes in ranks) and len(set(ranks[0])) > 1
+    assert ranks[0][::2] == ranks[0][1::2]  # two micro-steps an update: one size per global batch
 
 
 def test_the_comparison_would_notice_another_seed(flags, tmp_path):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 
 import train_sdxl_lora as trainer
 
@@ -192,7 +192,9 @@ def test_an_empty_file_is_a_damaged_shard(tmp_path):
     "keys", [["é1", "è1"], ["k" * 130 + "1", "k" * 130 + "2"], ["folder/" + "k" * 90, "folder2/" + "k" * 90]]
 )
 def test_long_and_foreign_names_are_kept_apart(tmp_path, keys):
-    shard = write_shard(tmp_path / "a.tar", [sample(keys[0]), sample(keys[1], png=None, jpg=b"other")])
+    shard = write_shard(
+        tmp_path / "a.tar", [sample(keys[0]), sample(keys[1], png=None, jpg=encode(noise_image(1), "JPEG"))]
+    )
     rows, damage = index_shard(shard)
     assert [(row["key"], row["caption"]) for row in rows] == [(key, f"a drawing of {key}") for key in keys]
     assert damage == []
@@ -548,10 +550,9 @@ def test_a_plan_restarted_from_its_state_continues_identically():
     index = index_of(long_tailed_labels()[::10])
     whole = micro_batches(index)
     batches = list(whole)
-    assert whole.states[30]["pass"] > 2
+    assert whole.states[30][0][0] > 2
     for step in (1, 7, 19, 29):
-        state = whole.states[step]
-        again = micro_batches(index, step=step, pass_=state["pass"], position=state["position"])
+        again = micro_batches(index, step=step, cursors=whole.states[step])
         assert list(again) == batches[step:]
 
 
@@ -638,7 +639,7 @@ def test_a_large_jpeg_is_decoded_small_and_keeps_its_own_size(size, decoded, ori
     exif[274] = orientation
     smooth = noise_image(1, 4, 4).resize(size, Image.Resampling.BICUBIC)
     data = encode(smooth, "JPEG", quality=95, exif=exif)
-    image, original_size = trainer.open_image(data, 64)
+    image, original_size = trainer.open_image(data, (64, 64))
     whole, whole_size = trainer.open_image(data)
     turn = 1 if orientation == 1 else -1
     assert image.size == decoded[::turn] and whole.size == size[::turn]
@@ -673,17 +674,193 @@ def test_random_ar_beyond_two_to_one_takes_the_centre_or_the_start(long):
 
 
 def test_the_centre_crop_is_in_the_middle():
-    assert trainer.center_crop(64, 100, 64) == (0, 18)
-    assert trainer.center_crop(100, 64, 64) == (18, 0)
-    assert trainer.center_crop(64, 64, 64) == (0, 0)
+    assert trainer.center_crop(64, 100, (64, 64)) == (0, 18)
+    assert trainer.center_crop(100, 64, (64, 64)) == (18, 0)
+    assert trainer.center_crop(64, 64, (64, 64)) == (0, 0)
+    assert trainer.center_crop(64, 100, (64, 90)) == (0, 5)
 
 
 @pytest.mark.parametrize("size", [(40, 60), (61, 37), (1000, 7), (16, 16)])
 def test_resizing_brings_the_short_side_to_the_resolution(size):
-    image = trainer.resize_short_side(Image.new("RGB", size), 16, Image.Resampling.LANCZOS)
+    image = trainer.resize_to_cover(Image.new("RGB", size), (16, 16), Image.Resampling.LANCZOS)
     assert min(image.size) == 16
     assert max(image.size) == pytest.approx(16 * max(size) / min(size), abs=0.5)
     assert (size[0] > size[1]) == (image.size[0] > image.size[1])
+
+
+# ---- buckets
+
+
+def test_the_buckets_of_1024_px_are_those_that_sdxl_was_trained_on():
+    buckets = trainer.make_buckets(1024)
+    # a selection of SDXL's own list, arXiv:2307.01952, appendix I
+    assert {(1024, 1024), (1152, 896), (896, 1152), (1216, 832), (1344, 768), (512, 2048), (2048, 512)} <= set(buckets)
+    assert all(side % 64 == 0 for bucket in buckets for side in bucket)
+    assert all(0.9 * 1024**2 < height * width <= 1024**2 for height, width in buckets)
+    assert sorted((width, height) for height, width in buckets) == buckets
+    assert trainer.make_buckets(64) == [(64, 64)]
+
+
+def test_an_image_loses_its_aspect_error_to_its_bucket_and_no_more():
+    rng, buckets = np.random.default_rng(0), trainer.make_buckets(1024)
+    sizes = np.exp(rng.uniform(np.log(20), np.log(6000), (300, 2))).round()
+    for (height, width), chosen in zip(sizes, trainer.nearest_buckets(sizes, buckets)):
+        ratio, bucket = height / width, buckets[chosen]
+        errors = [min(h / w / ratio, ratio * w / h) for h, w in buckets]  # what is kept of the cropped side
+        assert errors[chosen] == pytest.approx(max(errors))
+        scale = max(bucket[0] / height, bucket[1] / width)
+        kept = bucket[0] * bucket[1] / (height * scale * width * scale)
+        assert kept == pytest.approx(errors[chosen])
+
+
+def bucketed_index(labels):
+    """Rows in three buckets, each species with its own share of them: the commonest are wide, the rarest tall."""
+    index, rng = index_of(labels), np.random.default_rng(4)
+    index.bucket_sizes = [(256, 128), (192, 192), (128, 256)]
+    names = [int(row[0].split()[-1]) if row else 0 for row in labels]
+    shares = [(0.05 + 0.85 * s / SPECIES, 0.1, 0.85 - 0.85 * s / SPECIES) for s in names]
+    index.buckets = np.array([rng.choice(3, p=p) for p in shares])
+    return index
+
+
+@pytest.mark.parametrize("choice", ["first", "random"])
+@pytest.mark.parametrize("m", [0.2, 0.9])
+def test_the_delivered_species_follow_the_target_over_the_buckets_together(choice, m, monkeypatch):
+    labels = long_tailed_labels()
+    index = bucketed_index(labels)
+    mix, shares = trainer.SpeciesMix(index, choice, start=m, end=m), distribution(labels, choice)
+
+    def clusters(weights=None):
+        """Mean and standard error of every species' share over batches of one bucket each."""
+        if weights is not None:
+            monkeypatch.setattr(trainer.SamplePlan, "bucket_weights", lambda plan, step: weights)
+        plan, batches = trainer.SamplePlan(index, mix, choice, seed=5, global_batch=10), []
+        for _ in range(3000):
+            rows, chosen = plan.next_batch()
+            assert len(set(index.buckets[rows].tolist())) == 1
+            batches.append(np.bincount(chosen, minlength=len(index.label_names)) / 10)
+        return np.mean(batches, axis=0), np.std(batches, axis=0) / np.sqrt(len(batches))
+
+    def distance(result, m):
+        expected = np.array([mixture(shares, m)[name] for name in index.label_names])
+        return np.abs((result[0] - expected) / result[1]).max()
+
+    delivered = clusters()
+    assert distance(delivered, m) < 4.5 < distance(delivered, m - 0.1)
+    if m < 0.5:  # far from the data: buckets as often as they have images, as other trainers do, are off
+        assert distance(clusters(np.bincount(index.buckets) / len(index)), m) > 4.5
+
+
+def test_a_bucketed_plan_restarted_from_its_state_continues_identically():
+    index = bucketed_index(long_tailed_labels()[::10])
+    whole = micro_batches(index)
+    batches = list(whole)
+    assert all(pass_ > 0 for pass_, _ in whole.states[30])
+    for step in (1, 7, 29):
+        assert (
+            list(micro_batches(index, step=step, cursors=json.loads(json.dumps(whole.states[step])))) == batches[step:]
+        )
+
+
+def test_unlabelled_images_come_at_their_constant_rate_over_the_buckets_too():
+    index = index_of([["a"]] * 300 + [[]] * 300)
+    index.bucket_sizes, index.buckets = [(256, 128), (128, 256)], np.repeat([0, 1, 1, 1], 150)
+    plan = trainer.SamplePlan(index, trainer.SpeciesMix(index, "random"), "random", seed=1, global_batch=1)
+    counts = deliver(plan, 6000)
+    expected = 6000 * trainer.UNLABELLED_ACCEPTANCE / (1 + trainer.UNLABELLED_ACCEPTANCE)
+    assert abs(counts[None] - expected) < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(700, 400), (401, 699), (300, 300), (90, 70)])
+def test_a_bucketed_item_is_the_middle_of_the_scaled_image(tmp_path, size, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    smooth = noise_image(1, 5, 5).resize(size, Image.Resampling.BICUBIC)
+    data = encode(smooth, "JPEG", quality=95, exif=exif)
+    index = index_of_shard(write_shard(tmp_path / "a.tar", [sample("x", png=None, jpg=data)]))
+    index.bucket_sizes = trainer.make_buckets(192)
+    index.buckets = trainer.nearest_buckets(index.sizes(), index.bucket_sizes)
+    item = trainer.ImageDataset(index, 0, 192, "bucket", False, "lanczos")[0, -1, 0, 0]
+    seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    height, width = item["target_sizes"]
+    assert item["pixels"].shape == (3, height, width) and (height, width) in index.bucket_sizes
+    assert item["original_sizes"] == (seen.height, seen.width)
+    assert (height > width) == (seen.height > 1.42 * seen.width)
+    scaled = seen.resize([round(side * max(height / seen.height, width / seen.width)) for side in seen.size])
+    top, left = item["crop_top_lefts"]
+    assert (top, left) == (round((scaled.height - height) / 2), round((scaled.width - width) / 2)) and min(
+        top, left
+    ) == 0
+    expected = np.asarray(scaled.crop((left, top, left + width, top + height)), float)
+    assert np.abs(item["pixels"].permute(1, 2, 0).numpy() - expected).mean() < 2
+
+
+def test_a_damaged_image_is_replaced_by_one_of_its_species_and_bucket(tmp_path):
+    torn = encode(noise_image(3, 40, 20))[:400]
+    samples = [sample("bad", png=torn), sample("tall", png=encode(noise_image(1, 20, 40)))]
+    samples += [sample("wide", png=encode(noise_image(2, 40, 20))), sample("pichu", labels=["pichu"])]
+    index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
+    index.bucket_sizes = trainer.make_buckets(192)
+    index.buckets = trainer.nearest_buckets(index.sizes(), index.bucket_sizes)
+    mew = index.label_names.index("mew")
+    keys = {trainer.ImageDataset(index, seed, 192, "bucket", False, "box")[0, mew, 0, 0]["keys"] for seed in range(12)}
+    assert keys == {"wide"}
+
+
+def test_exif_that_stands_behind_a_pngs_pixels_does_not_break_a_bucket(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encode(noise_image(1, 40, 20), exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    late = data[:start] + data[end:-12] + data[start:end] + data[-12:]  # before IEND, where some programs write it
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(late))).size == (20, 40)
+    samples = [sample("late", png=late), sample("wide", png=encode(noise_image(2, 40, 20)))]
+    index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
+    index.bucket_sizes = trainer.make_buckets(192)
+    index.buckets = trainer.nearest_buckets(index.sizes(), index.bucket_sizes)
+    item = trainer.ImageDataset(index, 0, 192, "bucket", False, "box")[0, 0, 0, 0]
+    assert item["keys"] == "wide" and "turns the image" in item["skipped"][0]["reason"]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_index_holds_the_size_that_is_seen_whatever_the_metadata_say(tmp_path, form, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encode(noise_image(1, 50, 30), form, **({} if form == "BMP" else {"exif": exif}))
+    metadata = json.dumps({"image_id": "x", "width": 9999, "height": None}).encode()
+    whole = sample("x", **{"png": None, "json": metadata, {"JPEG": "jpg"}.get(form, form.lower()): data})
+    rows, damage = index_shard(write_shard(tmp_path / "a.tar", [whole]))
+    turned = orientation >= 5 and form != "BMP"
+    assert damage == [] and [(rows[0]["height"], rows[0]["width"])] == [(50, 30) if turned else (30, 50)]
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_species_that_the_loader_delivers_follow_a_moving_mixture(tmp_path, workers, world):
+    """4,000 draws of two species, 95 to 5: an m off by 0.1 shifts the share by 0.045, 5.7 standard errors or more.
+
+    With the limit at 3.5 the chance to miss such an m is P(Z > 2.2) = 1.4 %, of a false alarm 0.05 %.
+    """
+    picture = encode(noise_image(1))
+    samples = [sample(f"{i:03}", ["rare" if i % 20 == 0 else "common"], png=picture) for i in range(400)]
+    index, steps = index_of_shard(write_shard(tmp_path / "a.tar", samples)), 250
+    expected = sum(16 * (0.5 * (1 - step / steps) + 0.05 * step / steps) for step in range(steps))
+
+    def deviation(shift):
+        """Standard errors between what arrives and what is expected, with m off by `shift`."""
+        mix, rare = trainer.SpeciesMix(index, "random", start=shift, end=1 + shift, steps=steps), 0
+        for rank in range(world):
+            plan = trainer.SamplePlan(index, mix, "random", 5, 16)
+            batches = trainer.MicroBatches(plan, steps, 16 // world, rank, world)
+            dataset = trainer.ImageDataset(index, 5, 8, "center", False, "box")
+            for batch in trainer.make_loader(dataset, batches, workers, pin_memory=False):
+                rare += batch["species"].count("rare")
+        return abs(rare - expected) / np.sqrt(16 * steps * 0.25)
+
+    assert deviation(0) < 3.5 < deviation(-0.1)
 
 
 # ---- items
@@ -707,17 +884,17 @@ def as_tensor(image, top, left, side):
 
 def test_an_item_has_the_sizes_after_exif_and_the_offset_in_the_resized_image(turned_shard):
     path, seen = turned_shard
-    resized = seen.resize((16, 24), Image.Resampling.LANCZOS)
-    dataset = trainer.ImageDataset(index_of_shard(path), 3, 16, "random_ar", False, "lanczos")
+    resized = seen.resize((24, 36), Image.Resampling.LANCZOS)  # above half, where a JPEG is decoded whole
+    dataset = trainer.ImageDataset(index_of_shard(path), 3, 24, "random_ar", False, "lanczos")
     tops = set()
     for step in range(40):
         item = dataset[0, 0, step, 100 + step]
         top, left = item["crop_top_lefts"]
         tops.add(top)
-        assert item["original_sizes"] == (60, 40) and item["target_sizes"] == (16, 16)
-        assert left == 0 and 0 <= top <= 8
-        assert item["pixels"].dtype == torch.uint8 and item["pixels"].shape == (3, 16, 16)
-        assert torch.equal(item["pixels"], as_tensor(resized, top, left, 16))
+        assert item["original_sizes"] == (60, 40) and item["target_sizes"] == (24, 24)
+        assert left == 0 and 0 <= top <= 12
+        assert item["pixels"].dtype == torch.uint8 and item["pixels"].shape == (3, 24, 24)
+        assert torch.equal(item["pixels"], as_tensor(resized, top, left, 24))
     assert len(tops) > 1
     assert (item["captions"], item["species"], item["keys"]) == ("a drawing of x", "mew", "x")
     assert item["aesthetic_scores"] == 7.3
@@ -726,11 +903,11 @@ def test_an_item_has_the_sizes_after_exif_and_the_offset_in_the_resized_image(tu
 
 def test_crop_and_flip_are_functions_of_image_and_step_and_the_noise_seed_of_the_position(turned_shard):
     path, seen = turned_shard
-    resized = seen.resize((16, 24), Image.Resampling.LANCZOS)
+    resized = seen.resize((24, 36), Image.Resampling.LANCZOS)
     mirrored = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
     def make():
-        return trainer.ImageDataset(index_of_shard(path), 3, 16, "random_ar", True, "lanczos")
+        return trainer.ImageDataset(index_of_shard(path), 3, 24, "random_ar", True, "lanczos")
 
     dataset, flips = make(), 0
     for step in range(40):
@@ -738,7 +915,7 @@ def test_crop_and_flip_are_functions_of_image_and_step_and_the_noise_seed_of_the
         assert torch.equal(item["pixels"], again["pixels"]) and item["crop_top_lefts"] == again["crop_top_lefts"]
         assert torch.equal(item["pixels"], elsewhere["pixels"])
         assert item["sample_seeds"] == again["sample_seeds"] != elsewhere["sample_seeds"]
-        plain, flipped = (as_tensor(image, *item["crop_top_lefts"], 16) for image in (resized, mirrored))
+        plain, flipped = (as_tensor(image, *item["crop_top_lefts"], 24) for image in (resized, mirrored))
         assert torch.equal(item["pixels"], plain) != torch.equal(item["pixels"], flipped)
         flips += torch.equal(item["pixels"], flipped)
     assert 8 < flips < 32
@@ -785,7 +962,8 @@ def test_reading_an_image_folder_does_not_keep_every_file_open(tmp_path):
 @pytest.fixture
 def partly_damaged(tmp_path):
     labels = {"bad": "mew", "mew 1": "mew", "mew 2": "mew", "only": "pichu", "other": "abra"}
-    bad = {"bad": {"png": b"not an image"}, "only": {"png": b"neither"}}
+    torn = encode(noise_image(3))[:200]  # its header is whole: decoding finds the damage, not the index
+    bad = {"bad": {"png": torn}, "only": {"png": torn}}
     samples = [sample(key, labels=[label], **bad.get(key, {})) for key, label in labels.items()]
     index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
     assert index.table.column("key").to_pylist() == list(labels)

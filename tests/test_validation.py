@@ -29,14 +29,16 @@ def val_losses(result):
     return [row["val_loss"] for row in result.metrics() if "val_loss" in row]
 
 
-def test_the_loss_is_the_same_on_two_processes_and_at_any_batch_size(flags, world, tmp_path):
+def test_the_loss_is_the_same_on_two_or_three_processes_and_at_any_batch_size(flags, world, tmp_path):
     argv = [*flags, "--val_shards", world / "data/val", "--max_train_steps", 1]
     argv += ["--lr_scheduler", "linear", "--lr_warmup_steps", 9]  # the first step is at rate 0: the adapters stay
     one = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "one")))
     two = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "two", processes=2)))
+    three = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "three", processes=3)))
     odd = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 3], tmp_path / "odd")))
     assert len(one) == 1
     assert one == pytest.approx(two, rel=1e-9)
+    assert one == pytest.approx(three, rel=1e-9)
     assert one == pytest.approx(odd, rel=1e-6)
 
 
