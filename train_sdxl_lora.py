@@ -852,16 +852,16 @@ def iter_tar_members(shard, report):
             continue
         except tarfile.HeaderError:
             if not lost:
-                report(f"bad tar header at byte {position - 512}")
+                report(f"bad tar header: at byte {position - 512}")
                 yield None
             lost, zero_blocks = True, 0
             continue
         if zero_blocks and not lost:
-            report(f"zero blocks before byte {position - 512}")
+            report(f"zero blocks: before byte {position - 512}")
             yield None
         lost, zero_blocks = False, 0
         if position + member.size > shard.size:
-            return report(f"cut inside {long_name or member.name}")
+            return report(f"shard cut short: inside {long_name or member.name}")
         if member.type == tarfile.GNUTYPE_LONGNAME:
             long_name = shard.peek(position, member.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif member.type == tarfile.XHDTYPE:  # pax: lines "LENGTH key=value"
@@ -873,7 +873,7 @@ def iter_tar_members(shard, report):
             long_name = None
         position += -(-member.size // 512) * 512
     if zero_blocks < 2:
-        report("no end-of-archive mark")
+        report("shard cut short: no end-of-archive mark")
 
 
 def group_members(members):
@@ -921,7 +921,7 @@ def oriented_size(image):
     """(height, width) of a PIL image as its EXIF orientation turns it. Errors: ValueError for a decompression bomb."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"image of {width}x{height} px is too large")
+        raise ValueError(f"decompression bomb: {width}x{height} px is too large")
     # a PNG's EXIF may stand behind the pixels, and Pillow would decode them to look for it
     has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
     turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -939,6 +939,8 @@ def measure_image(head, read_all=None):
         data = read_all() if read_all is not None else head
     try:
         return oriented_size(Image.open(io.BytesIO(data)))
+    except ValueError:
+        raise
     except Exception as error:  # decoders raise what they like on damaged files
         raise ValueError(f"cannot decode image: {error}") from None
 
@@ -1121,6 +1123,11 @@ class Index:
         return f"{len(self)}-{int(digest):016x}"
 
 
+def reason_of(entry):
+    """The kind of a damage, without what differs from sample to sample."""
+    return entry["reason"].partition(":")[0]
+
+
 def count_damaged(damage):
     """Samples in a list of damage; a sample with two faults is one, and so is a fault that names no sample."""
     named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
@@ -1134,7 +1141,8 @@ def drop_duplicates(table, damage):
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
     found = [
-        {"shard": row["path"], "key": row["key"], "reason": f"duplicate image_id {row['image_id']}"} for row in dropped
+        {"shard": row["path"], "key": row["key"], "reason": f"duplicate image_id: {row['image_id']}"}
+        for row in dropped
     ]
     return table.take(kept) if dropped else table, damage + found
 
@@ -1758,7 +1766,8 @@ class Progress:
     cursors: list | None = None  # SamplePlan's: of each bucket the pass and the position in it
     loss_sum: float = 0.0  # of the optimizer steps since the last row of metrics
     loss_count: int = 0
-    skipped: int = 0  # samples replaced because they were damaged
+    skipped: dict = field(default_factory=dict)  # reason → samples replaced because they were damaged
+    damaged: list = field(default_factory=list)  # [{"shard", "key", "reason"}] that decoding found
     law: dict = field(default_factory=dict)  # what must match on resume
 
 
@@ -1937,16 +1946,22 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def note_skipped(args, index, entries):
-    """Adds damaged samples to skipped.jsonl, each once.
+def note_skipped(args, index, progress, entries, write=True):
+    """Counts replaced samples by reason, and adds the damaged ones to skipped.jsonl, each once.
 
     Errors: InputError when more than --max_bad_fraction of all samples are damaged.
     """
-    path = Path(args.output_dir) / "skipped.jsonl"
-    known = read_jsonl(path)
-    new = [e for i, e in enumerate(entries) if e not in known and e not in entries[:i]]
-    append_jsonl(path, new)
-    check_bad_fraction("--train_shards", count_damaged(known + new), index.total, args.max_bad_fraction)
+    for entry in entries:
+        reason = reason_of(entry)
+        progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
+        if entry not in progress.damaged and entry not in index.damage:
+            progress.damaged.append(entry)
+    if write:
+        path = Path(args.output_dir) / "skipped.jsonl"
+        known = read_jsonl(path)
+        append_jsonl(path, [entry for entry in index.damage + progress.damaged if entry not in known])
+    bad = count_damaged(index.damage + progress.damaged)
+    check_bad_fraction("--train_shards", bad, index.total, args.max_bad_fraction)
 
 
 def verify_checkpoint(folder):
@@ -2230,12 +2245,12 @@ def check_gradients(trained):
 
 
 def agree(run, losses, grad_norm, keys, skipped):
-    """(loss, stop, skipped) of the global batch, the same on every rank: one reduction per optimizer step.
+    """(loss, stop, damaged samples) of the global batch, the same on every rank: one reduction per optimizer step.
 
     Errors: FloatingPointError on all ranks together when loss or gradient is not finite, naming step and samples.
     """
-    local = torch.tensor([losses.double().mean().item(), bool(run.stop), skipped], dtype=torch.float64)
-    loss, stop, skipped = run.accelerator.reduce(local.to(losses.device), "sum").tolist()
+    local = torch.tensor([losses.double().mean().item(), bool(run.stop), len(skipped)], dtype=torch.float64)
+    loss, stop, replaced = run.accelerator.reduce(local.to(losses.device), "sum").tolist()
     # fp16's scaler meets infinite gradients in its search for a scale and skips such steps by itself
     gradient_is_lost = run.accelerator.scaler is None and not math.isfinite(grad_norm)
     if not math.isfinite(loss) or gradient_is_lost:
@@ -2245,7 +2260,7 @@ def agree(run, losses, grad_norm, keys, skipped):
             f"samples {', '.join(samples[:8])}; "
             "nothing was overwritten; lower the learning rate, or use --mixed_precision bf16 and --vae_precision fp32"
         )
-    return loss / run.accelerator.num_processes, stop > 0, int(skipped)
+    return loss / run.accelerator.num_processes, stop > 0, gather_object(skipped) if replaced else []
 
 
 def is_time_to_save(args, step):
@@ -2268,7 +2283,8 @@ def log_metrics(run, bar, grad_norm, last_log):
         "grad_norm": float(grad_norm),
         "epoch": step / run.steps_per_epoch,
         "species_mix": run.batches.plan.mix.weight_of_data(step - 1),
-        "skipped": progress.skipped,
+        "skipped": sum(progress.skipped.values()),
+        **{f"skipped/{reason}": count for reason, count in progress.skipped.items()},
         "images_per_second": images / max(now - last_log[1], 1e-9),
     }
     progress.loss_sum, progress.loss_count = 0.0, 0
@@ -2293,7 +2309,7 @@ def train(run):
         if not accelerator.sync_gradients:
             continue
 
-        loss, stopping, replaced = agree(run, torch.cat(losses), grad_norm, keys, len(skipped))
+        loss, stopping, skipped = agree(run, torch.cat(losses), grad_norm, keys, skipped)
         if progress.step == 0:
             check_gradients(run.trained)
         set_learning_rate(run.optimizer, run.lr_schedule(progress.step))
@@ -2304,9 +2320,8 @@ def train(run):
         progress.step += 1
         progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
         progress.cursors = run.batches.states.pop(progress.step)
-        progress.skipped += replaced
         if skipped:
-            note_skipped(args, run.batches.plan.index, skipped)
+            note_skipped(args, run.batches.plan.index, progress, skipped, accelerator.is_main_process)
         losses, keys, skipped = [], [], []
         bar.update()
         done = progress.step >= run.max_train_steps
@@ -2415,7 +2430,7 @@ def log_data(index, mix, csv_counts):
     """Tells what was found: samples, species, damage, and where the species CSV and the data disagree."""
     logger.info("%d images of %d species, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
     if index.damage:
-        logger.warning("damaged: %s", dict(Counter(d["reason"] for d in index.damage)))
+        logger.warning("damaged: %s", dict(Counter(map(reason_of, index.damage))))
     if csv_counts and mix.absent:
         logger.warning("--species_csv: %d species never arrive, e.g. %s", len(mix.absent), ", ".join(mix.absent[:5]))
     distance = 0.5 * np.abs(mix.data - mix.arrival).sum()
@@ -2590,7 +2605,7 @@ def main(argv=None):
         if args.overwrite_output_dir and checkpoint is None:
             clear_output_dir(Path(args.output_dir))
         trim_metrics(Path(args.output_dir) / "metrics.jsonl", progress.step)
-        note_skipped(args, index, index.damage)
+        note_skipped(args, index, progress, [])
         save_run(args, progress, index)
     init_trackers(accelerator, args, progress)
 
@@ -2603,6 +2618,9 @@ def main(argv=None):
     if accelerator.is_main_process:
         save_lora({name: accelerator.unwrap_model(m) for name, m in run.trained.items()}, args.output_dir)
         save_model_card(args, metrics, index)
+        if index.damage or progress.damaged:
+            kinds = Counter(map(reason_of, index.damage + progress.damaged))
+            logger.warning("never trained on, listed in skipped.jsonl: %s", dict(kinds))
         if metrics["preempted"] and os.environ.get("PREEMPT_FILE"):
             Path(os.environ["PREEMPT_FILE"]).touch()
         if args.push_to_hub and not metrics["preempted"]:

@@ -1,13 +1,22 @@
-"""Images per second of one core: this trainer's loader beside a plain webdataset pipeline, alternating.
+"""Images per second of one core: this trainer's loader beside what training scripts do, alternating.
 
-    python benchmarks/bench_data.py            # 2048 px JPEGs to 1024 px crops, the demo's long-tailed species
+    python benchmarks/bench_data.py            # a quarter of an hour; 1024 px crops
 
-Both read the same local shards in one process on one thread and give float batches. The plain pipeline is what
-training scripts write: decode with Pillow, Lanczos resize, crop, ToTensor, Normalize; with classes to balance it
-accepts or rejects after decoding, since only then the sample is at hand. Each figure is the median of the rounds.
+In one process on one thread, giving float batches, from the same images:
+- plain webdataset: decode with Pillow, Lanczos resize, crop, ToTensor, Normalize; with classes to balance it accepts
+  or rejects with the same probabilities after decoding, since only then it has the sample;
+- diffusers' recipe: the same transforms on image files (train_text_to_image_lora_sdxl.py), no classes;
+- this loader, which decodes what it has accepted, JPEGs at the size that is needed, and hands over bytes.
+Over HTTP every request waits 50 ms first. Figures are medians of the rounds, ratios medians of the rounds' ratios.
 """
 
 import argparse
+import contextlib
+import http.server
+import io
+import multiprocessing
+import os
+import re
 import statistics
 import sys
 import tempfile
@@ -29,30 +38,42 @@ import train_sdxl_lora as trainer  # noqa: E402
 BATCH = 8
 
 
-def write_shards(folder, images, side):
-    """Shards of `images` JPEGs of side x side px, drawn small and enlarged with grain, species long-tailed."""
+def make_images(images, side, extension):
+    """[(species, encoded image of side x side px)], drawn small and enlarged with grain, species long-tailed."""
     counts = np.array([s.count for s in DATASET], dtype=float)
     species = np.random.default_rng(0).choice(len(DATASET), images, p=counts / counts.sum())
     species[: len(DATASET)] = range(len(DATASET))
+    for n, code in enumerate(species[:images]):
+        rng = np.random.default_rng(n)
+        drawn = draw_scene(sample_scene(rng, DATASET[code], DATASET), rng, 256, 256)
+        pixels = np.asarray(drawn.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = (pixels + rng.integers(-6, 7, (side, side, 1))).clip(0, 255).astype(np.uint8)
+        yield DATASET[code].name, encode_image(Image.fromarray(noisy), extension)
+
+
+def write_shards(folder, images, side, extension="jpg"):
+    """Shards of 64 images, and each image as a file beside them."""
     with wds.ShardWriter(f"{folder}/train-%05d.tar", maxcount=64, verbose=0) as writer:
-        for n, code in enumerate(species):
-            rng = np.random.default_rng(n)
-            drawn = draw_scene(sample_scene(rng, DATASET[code], DATASET), rng, 256, 256)
-            pixels = np.asarray(drawn.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
-            noisy = (pixels + rng.integers(-6, 7, (side, side, 1))).clip(0, 255).astype(np.uint8)
-            data = {"image_id": f"image {n}", "species_list": [DATASET[code].name]}
-            image = encode_image(Image.fromarray(noisy), "jpg")
-            writer.write({"__key__": f"{n:06d}", "jpg": image, "txt": f"caption {n}", "json": data})
+        for n, (name, image) in enumerate(make_images(images, side, extension)):
+            data = {"image_id": f"image {n}", "species_list": [name]}
+            writer.write({"__key__": f"{n:06d}", extension: image, "txt": f"caption {n}", "json": data})
+            Path(folder, f"{n:06d}.{extension}").write_bytes(image)
+
+
+def make_index(shards, cache_dir):
+    rows = [row for path in shards for row in trainer.index_shard(trainer.Shard(path, cache_dir), "species_list")[0]]
+    return trainer.make_index(trainer.pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
 
 
 def make_mix(index, weight):
     return trainer.SpeciesMix(index, "random", None, weight, weight, 0)
 
 
-def ours(index, weight, resolution, batches):
+def ours(index, weight, resolution, batches, folder):
     """Seconds of `batches` batches."""
     plan = trainer.SamplePlan(index, make_mix(index, weight), "random", 0, BATCH)
-    dataset = trainer.ImageDataset(index, 0, resolution, "center", False, "lanczos")
+    dataset = trainer.ImageDataset(index, 0, resolution, "center", False, "lanczos", folder)
+    dataset.read(index.row(0))  # the shard is open, as it is in every batch of a run but the first
     loader = trainer.make_loader(dataset, trainer.MicroBatches(plan, batches, BATCH, 0, 1), 0, False)
     started = time.perf_counter()
     for batch in loader:
@@ -60,11 +81,8 @@ def ours(index, weight, resolution, batches):
     return time.perf_counter() - started
 
 
-def plain(folder, index, weight, resolution, batches):
-    """Seconds of `batches` batches of the plain pipeline, which accepts with the same probabilities."""
-    acceptance = dict(zip(index.label_names, make_mix(index, weight).acceptance(0)))
-    rng = np.random.default_rng(0)
-    prepare = transforms.Compose(
+def prepare(resolution):
+    return transforms.Compose(
         [
             transforms.Resize(resolution, transforms.InterpolationMode.LANCZOS),
             transforms.CenterCrop(resolution),
@@ -72,13 +90,17 @@ def plain(folder, index, weight, resolution, batches):
             transforms.Normalize([0.5], [0.5]),
         ]
     )
-    shards = sorted(map(str, Path(folder).glob("*.tar")))
+
+
+def plain_webdataset(shards, acceptance, resolution, batches):
+    """Seconds of `batches` batches of the plain pipeline; `acceptance` is {species: probability}."""
+    rng = np.random.default_rng(0)
     pipeline = (
         wds.WebDataset(shards * 1000, shardshuffle=False)
         .decode("pil")
         .select(lambda s: rng.random() < acceptance[s["json"]["species_list"][0].casefold()])
-        .to_tuple("jpg", "txt")
-        .map_tuple(prepare, str)
+        .to_tuple("jpg;png;webp", "txt")
+        .map_tuple(prepare(resolution), str)
         .batched(BATCH)
     )
     started = time.perf_counter()
@@ -87,33 +109,107 @@ def plain(folder, index, weight, resolution, batches):
             return time.perf_counter() - started
 
 
+def diffusers_recipe(files, resolution, batches):
+    """Seconds of `batches` batches of image files through the transforms of diffusers' script."""
+    transform = prepare(resolution)
+    started = time.perf_counter()
+    for start in range(0, batches * BATCH, BATCH):
+        names = [files[i % len(files)] for i in range(start, start + BATCH)]
+        torch.stack([transform(Image.open(io.BytesIO(Path(name).read_bytes())).convert("RGB")) for name in names])
+    return time.perf_counter() - started
+
+
+class SlowServer(http.server.SimpleHTTPRequestHandler):
+    """A folder over HTTP with ranges; every request waits `delay` seconds first."""
+
+    delay = 0.05
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        time.sleep(self.delay)
+        with open(self.translate_path(self.path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            first, last = (int(asked[1]), min(int(asked[2]), size - 1)) if asked else (0, size - 1)
+            self.send_response(206 if asked else 200)
+            if asked:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+            self.send_header("Content-Length", str(last - first + 1))
+            self.end_headers()
+            file.seek(first)
+            with contextlib.suppress(ConnectionError):  # a pipeline that has enough closes the connection
+                for start in range(first, last + 1, 1 << 20):
+                    self.wfile.write(file.read(min(1 << 20, last + 1 - start)))
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def served(folder):
+    """Address of a server of `folder`, which runs in a process of its own."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: SlowServer(*a, directory=folder))
+    process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        process.kill()
+        server.server_close()
+
+
+def compare(images, rounds, *timed):
+    """(img/s of each, ratios of the last to each of the others): medians over rounds in which they take turns."""
+    seconds = [[run() for run in timed] for _ in range(rounds)]
+    speeds = [images / statistics.median(column) for column in zip(*seconds)]
+    ratios = [statistics.median(row[i] / row[-1] for row in seconds) for i in range(len(timed) - 1)]
+    return speeds, ratios
+
+
+def bench(source, resolution, batches, rounds, weight=1.0, remote=None):
+    """One row of the table: the shards in the folder `source`, read at `remote` when given."""
+    shards = sorted(map(str, Path(source).glob("*.tar")))
+    shards = [f"{remote}/{Path(path).name}" for path in shards] if remote else shards
+    files = sorted(str(path) for path in Path(source).iterdir() if path.suffix in (".jpg", ".png", ".webp"))
+    index = make_index(shards, source)
+    acceptance = dict(zip(index.label_names, make_mix(index, weight).acceptance(0)))
+    timed = [lambda: plain_webdataset(shards, acceptance, resolution, batches)]
+    if weight == 1.0 and not remote:
+        timed.append(lambda: diffusers_recipe(files, resolution, batches))
+    timed.append(lambda: ours(index, weight, resolution, batches, source))
+    return compare(BATCH * batches, rounds, *timed)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=192, metavar="N", help="images in the shards")
-    parser.add_argument("--side", type=int, default=2048, metavar="PX", help="side of the stored images")
+    parser.add_argument("--formats", nargs="*", default=["jpg", "png", "webp"], metavar="EXTENSION")
+    parser.add_argument("--sides", nargs="*", type=int, default=[1024, 2048, 3000], metavar="PX")
     parser.add_argument("--resolution", type=int, default=1024, metavar="PX", help="side of the crops")
-    parser.add_argument("--batches", type=int, default=4, metavar="N", help="batches of 8 per round")
+    parser.add_argument("--batches", type=int, default=2, metavar="N", help="batches of 8 per round")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print("| images | plain webdataset, img/s | diffusers' recipe, img/s | this loader, img/s | ratios |")
+    print("|---|---|---|---|---|", flush=True)
+
+    def show(name, speeds, ratios):
+        middle = f"{speeds[1]:.1f}" if len(speeds) == 3 else "–"
+        found = ", ".join(f"{ratio:.1f} ×" for ratio in ratios)
+        print(f"| {name} | {speeds[0]:.1f} | {middle} | {speeds[-1]:.1f} | {found} |", flush=True)
+
+    for extension in args.formats:
+        for side in args.sides:
+            with tempfile.TemporaryDirectory() as folder:
+                write_shards(folder, 16, side, extension)
+                row = bench(folder, args.resolution, args.batches, args.rounds)
+                show(f"{extension} of {side} px", *row)
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(folder, args.images, args.side)
-        rows = [
-            row
-            for path in sorted(Path(folder).glob("*.tar"))
-            for row in trainer.index_shard(trainer.Shard(str(path), None), "species_list")[0]
-        ]
-        index = trainer.make_index(trainer.pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
-        print("| classes | plain webdataset, img/s | this loader, img/s | ratio |\n|---|---|---|---|")
-        for weight, name in ((1.0, "as they come (m = 1)"), (0.2, "balanced (m = 0.2)")):
-            seconds = [
-                (plain(folder, index, weight, args.resolution, args.batches),
-                 ours(index, weight, args.resolution, args.batches))
-                for _ in range(args.rounds)
-            ]  # fmt: skip
-            slow, fast = (BATCH * args.batches / statistics.median(column) for column in zip(*seconds))
-            ratio = statistics.median(a / b for a, b in seconds)
-            print(f"| {name} | {slow:.1f} | {fast:.1f} | {ratio:.1f} × |", flush=True)
+        write_shards(folder, 192, 2048)
+        many = 2 * args.batches, args.rounds
+        show("jpg of 2048 px, classes balanced, m = 0.2", *bench(folder, args.resolution, *many, weight=0.2))
+        with served(folder) as remote:
+            show("jpg of 2048 px over HTTP, 50 ms", *bench(folder, args.resolution, *many, remote=remote))
+            show("the same, m = 0.2", *bench(folder, args.resolution, *many, weight=0.2, remote=remote))
 
 
 if __name__ == "__main__":

@@ -996,19 +996,21 @@ def test_a_damaged_image_that_is_the_only_one_of_its_species_does_not_end_the_ru
     assert item["replaced"] and item["keys"] not in ("bad", "only")
 
 
-def note_skipped(index, output_dir, entries, limit=0.05):
-    trainer.note_skipped(SimpleNamespace(output_dir=output_dir, max_bad_fraction=limit), index, entries)
+def note_skipped(index, output_dir, entries, limit=0.05, progress=None):
+    args = SimpleNamespace(output_dir=output_dir, max_bad_fraction=limit)
+    trainer.note_skipped(args, index, progress or trainer.Progress(), entries)
     return [json.loads(line) for line in (output_dir / "skipped.jsonl").read_text().splitlines()]
 
 
 def test_damage_met_in_training_is_written_once_and_counted_against_the_limit(tmp_path):
-    index = index_of([[]] * 20)
-    entries = [{"shard": "a.tar", "key": key, "reason": "cannot decode image"} for key in "pqr"]
-    assert note_skipped(index, tmp_path, entries[:1]) == entries[:1]
-    assert note_skipped(index, tmp_path, entries[:1]) == entries[:1]
-    assert note_skipped(index, tmp_path, entries[:2], limit=0.1) == entries[:2]
+    index, progress = index_of([[]] * 20), trainer.Progress()
+    entries = [{"shard": "a.tar", "key": key, "reason": f"cannot decode image: {key}"} for key in "pqr"]
+    assert note_skipped(index, tmp_path, entries[:1], progress=progress) == entries[:1]
+    assert note_skipped(index, tmp_path, entries[:1], progress=progress) == entries[:1]
+    assert note_skipped(index, tmp_path, entries[:2], limit=0.1, progress=progress) == entries[:2]
+    assert progress.skipped == {"cannot decode image": 4} and progress.damaged == entries[:2]
     with pytest.raises(trainer.InputError, match="--max_bad_fraction"):
-        note_skipped(index, tmp_path, entries, limit=0.1)
+        note_skipped(index, tmp_path, entries[2:], limit=0.1, progress=progress)
 
 
 def test_a_sample_skipped_twice_in_one_step_is_one_damaged_sample(tmp_path):
@@ -1019,4 +1021,4 @@ def test_a_sample_skipped_twice_in_one_step_is_one_damaged_sample(tmp_path):
 def test_damage_is_counted_against_all_samples_also_with_max_train_samples(tmp_path):
     shard = write_shard(tmp_path / "a.tar", [sample(key) for key in KEYS[:9]] + [sample("bad", txt=b"")])
     index = load_index([shard], tmp_path, max_train_samples=3, max_bad_fraction=0.15)
-    assert len(note_skipped(index, tmp_path, index.damage, limit=0.15)) == 1
+    assert len(note_skipped(index, tmp_path, [], limit=0.15)) == 1

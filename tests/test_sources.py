@@ -305,7 +305,7 @@ def test_a_duplicate_image_id_is_reported_and_the_first_kept(tmp_path):
     shards = [write_shard(tmp_path / f"{n}.tar", [sample(key) for key in keys]) for n, keys in enumerate(["ab", "ca"])]
     index = load_index(shards, tmp_path, max_bad_fraction=0.3)
     assert [index.row(i)["key"] for i in range(len(index))] == ["a", "b", "c"]
-    assert [(d["shard"], d["key"], d["reason"]) for d in index.damage] == [(shards[1], "a", "duplicate image_id a")]
+    assert [(d["shard"], d["key"], d["reason"]) for d in index.damage] == [(shards[1], "a", "duplicate image_id: a")]
 
 
 def test_the_same_key_in_two_shards_is_two_images_when_no_id_says_otherwise(tmp_path):

@@ -1,9 +1,11 @@
 """Rooms 9 and 10: whole runs of the script."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -218,6 +220,26 @@ def test_damaged_samples_are_listed_and_too_many_end_the_run(flags, world, tmp_p
     assert "damaged" in result.output
     strict = run_trainer([*argv, "--max_bad_fraction", 0, "--overwrite_output_dir"], tmp_path / "run")
     assert strict.codes == [1] and "--max_bad_fraction" in strict.output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_picture_that_cannot_be_decoded_is_counted_by_its_reason_and_named_once(flags, world, tmp_path, processes):
+    source = next((world / "data/train").glob("*.tar"))
+    with tarfile.open(source) as old, tarfile.open(tmp_path / "torn.tar", "w") as new:
+        for number, member in enumerate(old):
+            data = old.extractfile(member).read()
+            if member.name.endswith((".jpg", ".png")) and number < 60:
+                data = data[: len(data) // 2].ljust(len(data), b"\0")  # its header stays whole
+            new.addfile(member, io.BytesIO(data))
+    argv = [a for a in flags if a != world / "data/train"]
+    argv.insert(argv.index("--train_shards") + 1, tmp_path / "torn.tar")
+    argv += ["--max_bad_fraction", 0.5, "--max_train_steps", 30, "--train_batch_size", 4 // processes]
+    result = assert_ok(run_trainer(argv, tmp_path / "run", processes))
+    rows = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    last = [row for row in result.metrics() if "loss" in row][-1]
+    assert rows and len({row["key"] for row in rows}) == len(rows)
+    assert last["skipped"] == last["skipped/cannot decode image"] >= len(rows)
+    assert f"never trained on, listed in skipped.jsonl: {{'cannot decode image': {len(rows)}}}" in result.output
 
 
 @pytest.mark.slow
