@@ -41,6 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import aiohttp
 import configargparse
@@ -72,6 +73,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from webdataset.shardlists import expand_urls
@@ -283,7 +285,8 @@ def add_run_arguments(parser):
     add("--logging_dir", default="logs", metavar="DIR",
         help="for TensorBoard and the ranks' logs, inside --output_dir")
     add("--logging_steps", type=int, default=10, metavar="STEPS", help="a row of metrics every so often")
-    add("--dry_run", **switch, help="check everything, preview the data, exit")
+    add("--dry_run", **switch, help="check everything but the UNet's weights, "
+        "write OUTPUT_DIR/preview (samples as the network will see them, species, captions, memory), exit")
 # fmt: on
 
 
@@ -417,7 +420,6 @@ def check_not_yet(parser, args):
         "--compile": args.compile,
         f"--attention_backend {args.attention_backend}": args.attention_backend != "sdpa",
         f"--base_precision {args.base_precision}": args.base_precision != "auto",
-        "--dry_run": args.dry_run,
     }
     for flag, asked in planned.items():
         if asked:
@@ -555,7 +557,8 @@ def weight_dtype_of(precision):
 def load_models(args, weight_dtype, device):
     """Models of the base stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
 
-    Errors: InputError naming the flag when a part does not load.
+    With --dry_run the UNet is made from its configuration, on the meta device: it has no weights. Errors: InputError
+    naming the flag when a part does not load.
     """
 
     def load(loader, subfolder, flag="--pretrained_model_name_or_path", **options):
@@ -568,6 +571,11 @@ def load_models(args, weight_dtype, device):
     def load_frozen(model_class, subfolder, dtype=weight_dtype, **options):
         model = load(model_class.from_pretrained, subfolder, dtype=dtype, variant=args.variant, **options)
         return model.requires_grad_(False).eval().to(device)
+
+    def make_unet_without_weights():
+        config = load(UNet2DConditionModel.load_config, "unet")
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config).requires_grad_(False).to(weight_dtype)
 
     tokenizers = [load(CLIPTokenizer.from_pretrained, name) for name in ("tokenizer", "tokenizer_2")]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
@@ -586,7 +594,7 @@ def load_models(args, weight_dtype, device):
             load_frozen(CLIPTextModelWithProjection, "text_encoder_2"),
         ],
         vae=vae.to(memory_format=torch.channels_last),  # its convolutions take a third less time
-        unet=load_frozen(UNet2DConditionModel, "unet"),
+        unet=make_unet_without_weights() if args.dry_run else load_frozen(UNet2DConditionModel, "unet"),
         noise_scheduler=DDPMScheduler.from_config(config),  # whatever the snapshot samples with, on the same betas
         sampling_scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
     )
@@ -2169,6 +2177,188 @@ def validate(accelerator, models, val_dataset, args, weight_dtype, progress):
     return metrics
 
 
+# ---- preview: what --dry_run finds out and draws
+
+
+class MetaAttention(torch.autograd.Function):
+    """Attention on the meta device that keeps for its backward what a fused kernel keeps; counts FLOP in `flop`."""
+
+    flop = 0
+
+    @staticmethod
+    def forward(context, query, key, value):
+        output = torch.empty_like(query)
+        context.save_for_backward(query, key, value, output)
+        MetaAttention.flop += 4 * query.numel() * key.shape[-2]
+        return output
+
+    @staticmethod
+    def backward(context, gradient):
+        query, key, value, _ = context.saved_tensors
+        MetaAttention.flop += 10 * query.numel() * key.shape[-2]  # five products: the scores are computed again
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def count_unet(unet, resolution, chunks):
+    """(FLOP, bytes kept for the backward) of one image forward and backward through a UNet on the meta device."""
+    config, dtype, kept = unet.config, unet.dtype, {}
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    def attention(query, key, value, **options):
+        return MetaAttention.apply(query, key, value)
+
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    side, MetaAttention.flop = resolution // 8, 0
+    with torch.device("meta"):
+        latents = torch.empty(1, config.in_channels, side, side, dtype=dtype)
+        prompt_embeds = torch.empty(1, 77 * chunks, config.cross_attention_dim, dtype=dtype)
+        conditions = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6)}
+        timesteps = torch.empty(1)
+    counter = FlopCounterMode(display=False)
+    with counter, mock.patch.object(F, "scaled_dot_product_attention", attention):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = unet(latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
+        size = sum(storage.nbytes() for storage in kept.values())
+        output.float().mean().backward()
+    return counter.get_total_flops() + MetaAttention.flop, size
+
+
+def count_vae(vae, resolution):
+    """FLOP of encoding one image."""
+    with torch.device("meta"):
+        twin = AutoencoderKL.from_config(vae.config)
+        pixel_values = torch.empty(1, vae.config.in_channels, resolution, resolution)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin.encode(pixel_values)
+    return counter.get_total_flops()
+
+
+def measure_matmul(device, dtype):
+    """FLOP/s of a large matrix product: what no training step can exceed."""
+    side, start, count = (8192 if device.type == "cuda" else 1024), 0.0, -2  # two to warm up
+    a = torch.randn(side, side, device=device).to(dtype)
+    while count < 2 or time.perf_counter() - start < 0.3:
+        (a @ a)[0, 0].item()  # waits for the result
+        count += 1
+        start = time.perf_counter() if count == 0 else start
+    return 2 * side**3 * count / (time.perf_counter() - start)
+
+
+def estimate_resources(args, models, trained, device, images):
+    """Memory of a device in bytes, part by part, and the seconds that training on `images` takes at the very least."""
+    flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks)
+    flop += count_vae(models.vae, args.resolution)
+    parts = [models.unet, models.vae, *models.text_encoders]
+    masters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for model in parts for p in model.parameters() if not p.requires_grad)
+    moments = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[args.optimizer]  # bytes a parameter
+    memory = {"frozen weights": weights, "adapters, gradients, optimizer": masters * (8 + moments)}
+    memory["activations of the UNet"] = kept * args.train_batch_size
+    speed = measure_matmul(device, models.unet.dtype)
+    return {
+        "trained_parameters": masters,
+        "memory_bytes": memory | {"together": sum(memory.values())},
+        "flop_per_image": flop,
+        "matmul_flop_per_second": speed,
+        "seconds_at_least": flop * images / speed,
+    }
+
+
+def describe_data(dataset, plan, steps, caption_tokens):
+    """{"images", "species", "buckets", …}: what the run of `steps` steps will be given."""
+    index, mix, last = dataset.index, plan.mix, max(steps - 1, 0)
+    sizes = index.sizes()
+    scales = np.array(dataset.bucket_sizes)[index.buckets] / sizes
+    cut = 1 - scales.min(axis=1) / scales.max(axis=1)
+    species = zip(mix.names, plan.arrivals[:, :-1].sum(axis=0), mix.data, mix.target(0), mix.target(last))
+    counts = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
+    buckets = zip(dataset.bucket_sizes, counts, plan.bucket_weights(0), plan.bucket_weights(last))
+    return {
+        "images": len(index),
+        "damaged": dict(Counter(map(reason_of, index.damage))),
+        "damaged_samples": index.damage[:100],
+        "unlabelled": int(plan.arrivals[:, -1].sum()),
+        "species": {
+            name: {"images": float(count), "data": float(data), "at_start": float(start), "at_end": float(end)}
+            for name, count, data, start, end in species
+        },
+        "buckets": [
+            {"size": list(size), "images": int(count), "at_start": float(start), "at_end": float(end)}
+            for size, count, start, end in buckets
+        ],
+        "cut_off": {"median": float(np.median(cut)), "most": float(cut.max())},
+        "scaled_up": {"images": int((scales.max(axis=1) > 1).sum()), "most": float(scales.max())},
+        "caption_tokens": {f"{p}%": int(np.percentile(caption_tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
+        "captions_over_75_tokens": int((np.array(caption_tokens) > 75).sum()),
+    }
+
+
+def draw_contact_sheet(dataset, requests, columns=4, side=280):
+    """The samples of `requests`: each file's picture with the window that is trained on, and what goes with it."""
+    sheet = Image.new("RGB", (columns * side, -(-len(requests) // columns) * (side + 48)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, request in enumerate(requests):
+        i, label, step, _ = request
+        item = dataset[request]
+        row, image, (height, width), _ = dataset.open(i, label)
+        if dataset.random_flip and uniform(FLIP, dataset.seed, hash_text(row["image_id"]), step) < 0.5:
+            image = ImageOps.mirror(image)
+        (top, left), bucket = item["crop_top_lefts"], item["target_sizes"]
+        shrink = (side - 8) / max(height, width)
+        image = image.resize((max(1, round(width * shrink)), max(1, round(height * shrink))))
+        at = shrink / max(bucket[0] / height, bucket[1] / width)  # from px of the scaled image to px of the sheet
+        x, y = number % columns * side + 4, number // columns * (side + 48) + 4
+        sheet.paste(image, (x, y))
+        window = [x + left * at, y + top * at, x + (left + bucket[1]) * at - 1, y + (top + bucket[0]) * at - 1]
+        draw.rectangle(window, outline="red", width=2)
+        lines = [f"{item['species'] or 'no label'}, step {step + 1}"]
+        lines.append(f"{width} x {height} px, cut to {bucket[1]} x {bucket[0]}")
+        lines.append(item["captions"].replace("\n", " ")[:80])
+        for n, line in enumerate(lines):
+            length = next(n for n in range(len(line), -1, -1) if draw.textlength(line[:n]) <= side - 12)
+            draw.text((x, y + side - 6 + 13 * n), line if length == len(line) else line[:length] + "…", fill="black")
+    return sheet
+
+
+def draw_species(species, most=60):
+    """Bars of every class's share: in the data, at the first step, at the last; the commonest and the rarest."""
+    names = sorted(species, key=lambda name: -species[name]["data"])
+    names = names if len(names) <= most else names[: most // 2] + names[-most // 2 :]
+    colours = {"data": "#b8b8b8", "at_start": "#2a7fd4", "at_end": "#e08a1e"}
+    sheet = Image.new("RGB", (900, 30 + 26 * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, text in enumerate(("share of the data", "drawn at step 1", "drawn at the last step")):
+        draw.rectangle([180 + 200 * n, 8, 190 + 200 * n, 18], fill=list(colours.values())[n])
+        draw.text((196 + 200 * n, 7), text, fill="black")
+    largest = max(species[name][kind] for name in names for kind in colours)
+    for row, name in enumerate(names):
+        y = 28 + 26 * row
+        draw.text((4, y + 5), name[:26], fill="black")
+        for n, (kind, colour) in enumerate(colours.items()):
+            share = species[name][kind]
+            draw.rectangle([180, y + 7 * n, 180 + 620 * share / largest, y + 7 * n + 5], fill=colour)
+        draw.text((806, y + 5), f"{species[name]['images']:.0f} images", fill="black")
+    return sheet
+
+
+def write_preview(args, dataset, batches, facts):
+    """OUTPUT_DIR/preview: preview.json, contact_sheet.png of the first 24 samples, species.png."""
+    folder = Path(args.output_dir) / "preview"
+    folder.mkdir(parents=True, exist_ok=True)
+    requests = [request for _, batch in zip(range(24), batches) for request in batch][:24]
+    draw_contact_sheet(dataset, requests).save(folder / "contact_sheet.png")
+    if facts["species"]:
+        draw_species(facts["species"]).save(folder / "species.png")
+    write_file(folder / "preview.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    return folder
+
+
 # ------------------------------------------------------------------------------
 # 9 Train loop
 # ------------------------------------------------------------------------------
@@ -2550,8 +2740,10 @@ def make_run(args, accelerator, progress, stop):
     global_batch = law["global_batch"]
     learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     groups = make_parameter_groups(trained, learning_rate, args.text_encoder_lr_scale)
-    prepared = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
-    prepared_models, optimizer = dict(zip(trained, prepared[:-1])), prepared[-1]
+    prepared_models, optimizer = trained, None
+    if not args.dry_run:
+        prepared = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
+        prepared_models, optimizer = dict(zip(trained, prepared[:-1])), prepared[-1]
     encoders = [prepared_models.get(n, m) for n, m in zip(("text_encoder", "text_encoder_2"), models.text_encoders)]
     models = replace(models, unet=prepared_models["unet"], text_encoders=encoders)
 
@@ -2585,6 +2777,34 @@ def make_run(args, accelerator, progress, stop):
     )
 
 
+def preview(run):
+    """--dry_run: writes OUTPUT_DIR/preview and prints the run in a few lines; returns what preview.json holds."""
+    args, plan, steps = run.args, run.batches.plan, run.max_train_steps
+    captions = plan.index.table.column("caption").to_pylist()
+    tokens = [len(ids) for ids in run.models.tokenizers[0](captions, add_special_tokens=False).input_ids]
+    facts = describe_data(run.loader.dataset, plan, steps, tokens)
+    facts |= {"global_batch": plan.global_batch, "steps": steps, "steps_per_epoch": run.steps_per_epoch}
+    own = steps * plan.global_batch // run.accelerator.num_processes
+    facts |= estimate_resources(args, run.models, run.trained, run.accelerator.device, own)
+    folder = write_preview(args, run.loader.dataset, run.batches, facts)
+    memory, percentiles = facts["memory_bytes"], facts["caption_tokens"]
+    logger.info("images      %d of %d species, %d unlabelled, %d damaged; %d smaller than their crop, up to %.1f ×",
+        facts["images"], len(facts["species"]), facts["unlabelled"], len(plan.index.damage),
+        facts["scaled_up"]["images"], max(1.0, facts["scaled_up"]["most"]))  # fmt: skip
+    logger.info("captions    %d to %d tokens, median %d; %d over 75",
+        percentiles["0%"], percentiles["100%"], percentiles["50%"], facts["captions_over_75_tokens"])  # fmt: skip
+    logger.info("steps       %d of %d images, %d per epoch", steps, plan.global_batch, run.steps_per_epoch)
+    logger.info("parameters  %.3g M trained", facts["trained_parameters"] / 1e6)
+    logger.info("memory      %.2f GB a device at least: %s",
+        memory["together"] / 1e9,
+        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if name != "together"))  # fmt: skip
+    logger.info("time        %.2g h at the very least: %.3g TFLOP an image, %.3g TFLOP/s in a matrix product here",
+        facts["seconds_at_least"] / 3600, facts["flop_per_image"] / 1e12,
+        facts["matmul_flop_per_second"] / 1e12)  # fmt: skip
+    logger.info("nothing was trained; see %s", folder)
+    return facts
+
+
 def main(argv=None):
     """Trains as the flags say; returns the last metrics."""
     args = parse_args(argv)
@@ -2597,6 +2817,8 @@ def main(argv=None):
     checkpoint, found = find_checkpoint(args)
     progress = start_progress(args, found)
     run = make_run(args, accelerator, progress, stop)
+    if args.dry_run:
+        return preview(run) if accelerator.is_main_process else {}
     index = run.batches.plan.index
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))

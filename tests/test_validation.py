@@ -1,12 +1,16 @@
 """Room 8: a loss that covers every sample once whatever the world, and pictures that are what users will get."""
 
+import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from harness import assert_ok, run_trainer
+from diffusers import UNet2DConditionModel
+from harness import SDXL, assert_ok, run_trainer
 from PIL import Image
 
 import train_sdxl_lora as trainer
@@ -69,3 +73,69 @@ def test_evaluating_turns_dropout_off_and_restores_the_mode():
         assert not unet.training and not torch.is_grad_enabled()
         raise RuntimeError
     assert unet.training and not encoder.training
+
+
+def full_size_unet(dtype=torch.bfloat16):
+    """SDXL's UNet on the meta device, with its rank-64 adapters."""
+    config = {
+        "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "use_linear_projection": True,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    }  # fmt: skip
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False).to(dtype)
+    return trainer.add_adapter(unet, ["to_q", "to_k", "to_v", "to_out.0"], "--x", r=64, lora_alpha=64)
+
+
+@pytest.mark.slow
+def test_the_estimate_for_full_size_sdxl_is_what_was_counted_kernel_by_kernel():
+    flop, kept = trainer.count_unet(full_size_unet(), 1024, 1)
+    assert flop == pytest.approx(14.95e12, rel=0.01)  # a trace of the kernels: forward and backward, rank 64
+    assert kept == pytest.approx(5.70e9, rel=0.05)
+
+
+def test_a_dry_run_shows_the_run_without_the_unets_weights(flags, world, tmp_path):
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(SDXL, snapshot, ignore=lambda folder, names: [n for n in names if "unet" in folder and "saf" in n])
+    assert not list(snapshot.glob("unet/*.safetensors"))
+    argv = [snapshot if a == SDXL else a for a in flags]
+    argv += [
+        "--crop",
+        "bucket",
+        "--resolution",
+        192,
+        "--species_mix",
+        0.2,
+        0.6,
+        4,
+        "--train_text_encoder",
+        "--dry_run",
+    ]
+    result = assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert "nothing was trained" in result.output
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run/metrics.jsonl").exists()
+    facts = json.loads((tmp_path / "run/preview/preview.json").read_text())
+    species = facts["species"]
+    for name, shares in species.items():  # 4 steps: m is 0.2 in the first and 0.5 in the last
+        for kind, m in (("at_start", 0.2), ("at_end", 0.5)):
+            assert shares[kind] == pytest.approx((1 - m) / len(species) + m * shares["data"]), name
+    assert sum(bucket["images"] for bucket in facts["buckets"]) == facts["images"]
+    assert sum(bucket["at_end"] for bucket in facts["buckets"]) == pytest.approx(1)
+    assert facts["steps_per_epoch"] == -(-facts["images"] // 2) and facts["global_batch"] == 2
+    weights = safetensors.torch.load_file(SDXL / "unet/diffusion_pytorch_model.safetensors")
+    assert facts["memory_bytes"]["frozen weights"] > sum(4 * w.numel() for w in weights.values())
+    assert facts["seconds_at_least"] > 0 and 0 <= facts["cut_off"]["most"] < 0.5
+    sheet = np.asarray(Image.open(tmp_path / "run/preview/contact_sheet.png"))
+    assert (sheet == (255, 0, 0)).all(axis=2).sum() > 5000  # the windows
+    assert Image.open(tmp_path / "run/preview/species.png").height == 30 + 26 * len(species)
+
+
+def test_a_dry_run_counts_the_adapters_that_training_saves(flags, tmp_path):
+    result = assert_ok(run_trainer([*flags, "--dry_run"], tmp_path / "dry"))
+    facts = json.loads((result.output_dir / "preview/preview.json").read_text())
+    assert_ok(run_trainer([*flags, "--max_train_steps", 1], tmp_path / "run"))
+    saved = safetensors.torch.load_file(tmp_path / "run/pytorch_lora_weights.safetensors")
+    assert facts["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
