@@ -1116,6 +1116,10 @@ class Index:
         """(N, 2) float64: the files' own heights and widths in px."""
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
+    def scales(self, resolution):
+        """(N, 2) float64: what height and width are to be multiplied by; the larger is used, the rest is cut off."""
+        return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
+
     def shares(self, choice):
         """(rows, codes, shares): what part of a row's arrivals counts for which of its labels."""
         counts = np.diff(self.label_starts)
@@ -1392,7 +1396,7 @@ def open_image(data, cover=None):
         image.load()
         if image.format == "PNG":
             original_size = oriented_size(image)  # now with EXIF from behind the pixels
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # without it a picture that stands upright is copied
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     except Exception as error:  # decoders raise what they like on damaged files
@@ -1400,7 +1404,7 @@ def open_image(data, cover=None):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), original_size
+    return image if image.mode == "RGB" else image.convert("RGB"), original_size
 
 
 # Seam: crops and buckets. Contract: a bucket is a (height, width) in multiples of BUCKET_STEP px, a row's own for all
@@ -1448,7 +1452,7 @@ class ImageDataset(Dataset):
     """Decoded, cropped samples; an item is asked for by (row, label, step, position in the global order)."""
 
     def __init__(self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None):
-        self.index, self.seed = index, seed
+        self.index, self.seed, self.resolution = index, seed, resolution
         self.bucket_sizes = index.bucket_sizes or [(resolution, resolution)]
         self.crop, self.random_flip, self.cache_dir = crop, random_flip, cache_dir
         self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
@@ -1546,7 +1550,7 @@ def collate(samples):
 def move_batch(batch, device):
     """The batch with tensors on `device` and `pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
     moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    moved["pixel_values"] = moved.pop("pixels").float() / 127.5 - 1
+    moved["pixel_values"] = moved.pop("pixels").float().div_(127.5).sub_(1)
     return moved
 
 
@@ -2273,8 +2277,7 @@ def estimate_resources(args, models, trained, device, images):
 def describe_data(dataset, plan, steps, caption_tokens):
     """{"images", "species", "buckets", …}: what the run of `steps` steps will be given."""
     index, mix, last = dataset.index, plan.mix, max(steps - 1, 0)
-    sizes = index.sizes()
-    scales = np.array(dataset.bucket_sizes)[index.buckets] / sizes
+    scales = index.scales(dataset.resolution)
     cut = 1 - scales.min(axis=1) / scales.max(axis=1)
     species = zip(mix.names, plan.arrivals[:, :-1].sum(axis=0), mix.data, mix.target(0), mix.target(last))
     counts = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
@@ -2616,11 +2619,15 @@ def start_progress(args, found):
     return broadcast_object_list(fresh)[0]
 
 
-def log_data(index, mix, csv_counts):
-    """Tells what was found: samples, species, damage, and where the species CSV and the data disagree."""
+def log_data(index, mix, csv_counts, resolution):
+    """Tells what was found: samples, species, damage, small images, where the species CSV and the data disagree."""
     logger.info("%d images of %d species, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
     if index.damage:
         logger.warning("damaged: %s", dict(Counter(map(reason_of, index.damage))))
+    enlarged = index.scales(resolution).max(axis=1)
+    if (enlarged > 1).any():
+        logger.warning("--resolution: %d of %d images are smaller and are scaled up, by up to %.1f ×",
+            (enlarged > 1).sum(), len(index), enlarged.max())  # fmt: skip
     if csv_counts and mix.absent:
         logger.warning("--species_csv: %d species never arrive, e.g. %s", len(mix.absent), ", ".join(mix.absent[:5]))
     distance = 0.5 * np.abs(mix.data - mix.arrival).sum()
@@ -2644,7 +2651,7 @@ def make_data(accelerator, args, seed):
         index.buckets = nearest_buckets(index.sizes(), index.bucket_sizes)
     val_index = load_index(accelerator, args, "--val_shards", seed) if args.val_shards else None
     if accelerator.is_main_process:
-        log_data(index, mix, csv_counts)
+        log_data(index, mix, csv_counts, args.resolution)
     return index, mix, val_index
 
 
@@ -2788,9 +2795,11 @@ def preview(run):
     facts |= estimate_resources(args, run.models, run.trained, run.accelerator.device, own)
     folder = write_preview(args, run.loader.dataset, run.batches, facts)
     memory, percentiles = facts["memory_bytes"], facts["caption_tokens"]
-    logger.info("images      %d of %d species, %d unlabelled, %d damaged; %d smaller than their crop, up to %.1f ×",
-        facts["images"], len(facts["species"]), facts["unlabelled"], len(plan.index.damage),
-        facts["scaled_up"]["images"], max(1.0, facts["scaled_up"]["most"]))  # fmt: skip
+    filled = [bucket["images"] for bucket in facts["buckets"] if bucket["images"]]
+    logger.info("images      %d of %d species, %d unlabelled, %d damaged",
+        facts["images"], len(facts["species"]), facts["unlabelled"], len(plan.index.damage))  # fmt: skip
+    logger.info("shapes      %d, of which %d have fewer images than a batch; %.0f %% of a picture is cut off at most",
+        len(filled), sum(n < plan.global_batch for n in filled), 100 * facts["cut_off"]["most"])  # fmt: skip
     logger.info("captions    %d to %d tokens, median %d; %d over 75",
         percentiles["0%"], percentiles["100%"], percentiles["50%"], facts["captions_over_75_tokens"])  # fmt: skip
     logger.info("steps       %d of %d images, %d per epoch", steps, plan.global_batch, run.steps_per_epoch)
