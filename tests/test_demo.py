@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -130,7 +132,7 @@ def test_a_wilson_interval_of_a_known_case():
 
 @pytest.mark.slow
 def test_the_demo_teaches_the_unseen_species_and_keeps_the_others(tmp_path):
-    demo.main(tmp_path)
+    subprocess.run([sys.executable, ROOT / "demo/launch.py", "--output_dir", tmp_path], check=True)
     scores = json.loads((tmp_path / "metrics.json").read_text())
     before, after = scores["before"], scores["after"]
     assert after["unseen"]["images"] >= 200

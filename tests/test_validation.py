@@ -1,6 +1,7 @@
 """Room 8: a loss that covers every sample once whatever the world, and pictures that are what users will get."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -116,6 +117,7 @@ def test_a_dry_run_shows_the_run_without_the_unets_weights(flags, world, tmp_pat
     ]
     result = assert_ok(run_trainer(argv, tmp_path / "run"))
     assert "nothing was trained" in result.output
+    assert re.search(r"--resolution: \d+ of \d+ images are smaller and are scaled up", result.output)
     assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run/metrics.jsonl").exists()
     facts = json.loads((tmp_path / "run/preview/preview.json").read_text())
     species = facts["species"]
