@@ -554,11 +554,11 @@ def weight_dtype_of(precision):
     return {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def load_models(args, weight_dtype, device):
+def load_models(args, weight_dtype, device, unet_weights=True):
     """Models of the base stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
 
-    With --dry_run the UNet is made from its configuration, on the meta device: it has no weights. Errors: InputError
-    naming the flag when a part does not load.
+    Without `unet_weights` the UNet is made from its configuration on the meta device. Errors: InputError naming the
+    flag when a part does not load.
     """
 
     def load(loader, subfolder, flag="--pretrained_model_name_or_path", **options):
@@ -594,7 +594,7 @@ def load_models(args, weight_dtype, device):
             load_frozen(CLIPTextModelWithProjection, "text_encoder_2"),
         ],
         vae=vae.to(memory_format=torch.channels_last),  # its convolutions take a third less time
-        unet=make_unet_without_weights() if args.dry_run else load_frozen(UNet2DConditionModel, "unet"),
+        unet=load_frozen(UNet2DConditionModel, "unet") if unet_weights else make_unet_without_weights(),
         noise_scheduler=DDPMScheduler.from_config(config),  # whatever the snapshot samples with, on the same betas
         sampling_scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
     )
@@ -2735,7 +2735,7 @@ def make_run(args, accelerator, progress, stop):
     progress.law = law
 
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
-    models = load_models(args, weight_dtype, accelerator.device)
+    models = load_models(args, weight_dtype, accelerator.device, unet_weights=not args.dry_run)
     captions = index.table.column("caption").to_pylist()
     models.caption_chunks, cut, longest = count_chunks(models.tokenizers[0], captions, args.long_captions)
     if cut and accelerator.is_main_process:
