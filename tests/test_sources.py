@@ -56,10 +56,14 @@ def delivered(index, tmp_path, workers=0):
 # ---- web servers
 
 
+LOCK = threading.Lock()
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; by ranges or whole; every nth request ends in an error or a cut connection."""
 
     ranges, fail_every, requests, delay = True, 0, 0, 0
+    waiting, most_waiting = 0, 0
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -67,7 +71,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         type(self).requests += 1
+        with LOCK:
+            type(self).waiting += 1
+            type(self).most_waiting = max(self.waiting, self.most_waiting)
         wait(self.delay)
+        with LOCK:
+            type(self).waiting -= 1
         data = (self.folder / self.path.lstrip("/")).read_bytes()
         failing = self.fail_every and self.requests % self.fail_every == 0
         if failing and self.requests // self.fail_every % 2:
@@ -137,9 +146,9 @@ def test_a_batch_is_read_at_the_same_time(serve, tmp_path):
     dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
     requests = [(i, -1, 0, i) for i in range(12)]
     dataset.__getitems__(requests[:3])
-    started = time.time()
+    handler.most_waiting = 0
     batch = dataset.__getitems__(requests)
-    assert time.time() - started < 0.7 < 12 * handler.delay
+    assert 3 < handler.most_waiting <= trainer.IO_THREADS
     assert [item["keys"] for item in batch] == KEYS
 
 
