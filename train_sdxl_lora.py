@@ -20,6 +20,7 @@ Lines that begin with "# Seam:" mark the places meant to be edited, each with it
 
 import argparse
 import csv
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -29,19 +30,107 @@ import logging
 import math
 import os
 import re
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from unittest import mock
+
+STOP_SECONDS = 25  # after a signal to stop, without a sign of life from the train loop; launchers kill after 30
+
+
+class StopSignal:
+    """Truthy once SIGTERM, SIGUSR1 or Ctrl-C has come: all ranks then save at a step's edge and leave.
+
+    A thread hears the signals, so that they count while the main thread waits for another rank, and ends the process
+    when the wait is in vain. The death of the launcher counts as SIGTERM. A second Ctrl-C ends the process at once.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.number, self.since, self.sign_of_life = None, 0.0, 0.0
+        self.listening = self.begun = self.patient = False  # begun: there is a step to save; patient: no watchdog
+
+    def __bool__(self):
+        return self.number is not None
+
+    def listen(self):
+        """Takes over this process's signals; called again, does nothing."""
+        if self.listening:
+            return
+        self.listening = True
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
+
+    def watch(self, reader):
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+        launcher = os.getppid()
+        while True:
+            ready, _, _ = select.select([reader], [], [], 0.5)
+            for number in os.read(reader, 64) if ready else b"":
+                if number in self.NUMBERS:
+                    self.receive(number)
+            if launched and os.getppid() != launcher and not self:
+                self.receive(signal.SIGTERM)
+            if self and not self.patient and time.monotonic() > self.sign_of_life + STOP_SECONDS:
+                self.give_up()
+
+    def receive(self, number):
+        now = time.monotonic()
+        if self.number == number == signal.SIGINT and now > self.since + 1:  # a launcher passes the same one on
+            os._exit(130)
+        if not self:
+            self.number, self.since, self.sign_of_life = number, now, now
+            logger.warning("%s: stopping at the edge of this step", signal.Signals(number).name)
+        if not self.begun and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            self.leave()
+
+    def give_up(self):
+        if not self.begun:
+            self.leave()
+        logger.error(
+            "%s: no step has ended for %d s: another process is gone or hangs; the newest checkpoint stands",
+            signal.Signals(self.number).name, STOP_SECONDS,
+        )  # fmt: skip
+        os._exit(1)
+
+    def leave(self):
+        """Ends the process before the first step, when there is nothing to save."""
+        self.mark()
+        os._exit(0)
+
+    def mark(self):
+        """Tells a batch script, by the file $PREEMPT_FILE, that the run was told to stop and wants to go on."""
+        if os.environ.get("PREEMPT_FILE") and self.number != signal.SIGINT:
+            Path(os.environ["PREEMPT_FILE"]).touch()
+
+    def alive(self):
+        """The train loop's sign of life to the watchdog."""
+        self.sign_of_life = time.monotonic()
+
+
+logger = logging.getLogger("train_sdxl_lora")
+stop = StopSignal()
+if __name__ == "__main__":
+    stop.listen()  # here, since the imports below take ten seconds
 
 import aiohttp
 import configargparse
@@ -78,8 +167,6 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from webdataset.shardlists import expand_urls
 
-logger = logging.getLogger("train_sdxl_lora")
-
 UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is taken when classes are balanced
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused from their header: PIL's own limit against bombs
@@ -92,12 +179,37 @@ INDEX_VERSION = 3  # part of the index cache's key: raise it when a column chang
 IN_TABLE = "row of the dataset"  # in place of a path: the bytes are in a table of --dataset_name
 MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads 225 tokens at most
 HEADER_BYTES = 1 << 16  # of an image, in which indexing finds its size; where they are too few it reads all
+SAVE_ATTEMPTS = 4  # of the last checkpoint of a run, SAVE_PAUSE seconds apart, when the disk is full
+SAVE_PAUSE = 2.0
+MAX_NONFINITE_STEPS = 30  # in a row, after which skipping them is hopeless: fp16's scale is then below 2^-14
 BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as SDXL was trained (arXiv:2307.01952, app. I)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
 class InputError(ValueError):
     """Bad input found after the flags were read; the message names the flag or the file and what to do."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why, what is safe and what to do."""
+
+
+class Preempted(Exception):
+    """Raised on all ranks together when one was told to stop where there is no step to save."""
+
+
+def told_to_stop(accelerator):
+    """Whether any rank was told to stop; the same on all, which wait for each other here."""
+    stop.alive()
+    told = accelerator.reduce(torch.tensor([float(bool(stop))], device=accelerator.device), "sum").item() > 0
+    stop.alive()
+    return told
+
+
+def leave_if_told(accelerator):
+    """Errors: Preempted, on all ranks together."""
+    if told_to_stop(accelerator):
+        raise Preempted
 
 
 # ------------------------------------------------------------------------------
@@ -238,6 +350,8 @@ def add_optimizer_arguments(parser):
     add("--adam_weight_decay", type=float, default=1e-2, metavar="W", help="decoupled weight decay")
     add("--adam_epsilon", type=float, default=1e-8, metavar="E", help="Adam's epsilon")
     add("--max_grad_norm", type=float, default=1.0, metavar="G", help="gradients are clipped to this norm")
+    add("--on_nonfinite", choices=["stop", "skip"], default="stop",
+        help="at a loss or gradient that is not finite: stop, or leave the step out (waits for every step's numbers)")
     add("--max_train_steps", type=int, metavar="STEPS", help="optimizer steps; wins over --num_train_epochs")
     add("--num_train_epochs", type=int, default=100, metavar="N",
         help="passes over the data, ceil(images / global batch) steps each")
@@ -254,6 +368,7 @@ def add_checkpoint_arguments(parser):
     add("--checkpointing_after_steps", type=int, default=0, metavar="STEPS", help="no checkpoint before this step")
     add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N")
     add("--resume_from_checkpoint", metavar="latest|DIR", help="continue; `latest` starts fresh where there is none")
+    add("--allow_batch_change", **switch, help="resume with another global batch; the pass goes on where it was")
     add("--push_to_hub", **switch, help="upload the LoRA and its card")
     add("--hub_token", metavar="TOKEN", help="hub token; never written anywhere")
     add("--hub_model_id", metavar="ID", help="repository on the hub; the name of --output_dir by default")
@@ -1196,14 +1311,15 @@ def index_shards(accelerator, args, flag):
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, shards)) else 1) as pool:
 
-        def index(paths, quiet):
-            work = pool.map(lambda path: cached_index_shard(path, args.species_key, cache_dir), paths)
-            return list(tqdm(work, f"index of {flag}", len(paths), leave=False, unit="shard", disable=quiet))
+        def index(path):
+            return None if stop else cached_index_shard(path, args.species_key, cache_dir)
 
         try:
-            index(mine, not accelerator.is_main_process)
-            accelerator.wait_for_everyone()
-            tables = index(shards, True)
+            quiet = not accelerator.is_main_process
+            bar = tqdm(pool.map(index, mine), f"index of {flag}", len(mine), leave=False, unit="shard", disable=quiet)
+            deque(bar, maxlen=0)
+            leave_if_told(accelerator)
+            tables = [cached_index_shard(path, args.species_key, cache_dir) for path in shards]
         except OSError as error:
             raise InputError(f"{flag}: {error}") from error
     damage = [d for t in tables for d in json.loads(t.schema.metadata[b"damage"])]
@@ -1291,11 +1407,12 @@ class SamplePlan:
     A batch is of one bucket, which is drawn in proportion to what the acceptance rule takes of each; there is one
     bucket but for --crop bucket. In a bucket each image arrives once per pass, in an order hashed from (image id,
     seed, pass), and meets an acceptance draw of its own, so the classes follow the mix exactly, over the buckets
-    together. The state is the step and each bucket's (pass, position).
+    together. The state is the step, the samples delivered, and each bucket's (pass, position).
     """
 
-    def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None):
+    def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None, samples=None):
         self.index, self.mix, self.choice, self.seed, self.global_batch = index, mix, choice, seed, global_batch
+        self.samples = step * global_batch if samples is None else samples  # delivered so far
         count = max(1, len(index.bucket_sizes))
         self.step, self.cursors = step, [list(c) for c in cursors or [(0, 0)] * count]
         self.members = [np.flatnonzero(index.buckets == bucket) for bucket in range(count)]
@@ -1349,6 +1466,7 @@ class SamplePlan:
             full = len(rows) == self.global_batch
             cursor[1] = int(taken[-1]) + 1 if full else min(arriving.stop, len(order))
         self.step += 1
+        self.samples += self.global_batch
         return np.array(rows), np.array(labels)
 
 
@@ -1368,10 +1486,9 @@ class MicroBatches:
 
     def __iter__(self):
         while self.plan.step < self.last_step:
-            step = self.plan.step
+            step, first = self.plan.step, self.plan.samples
             rows, labels = self.plan.next_batch()
             self.states[self.plan.step] = [tuple(cursor) for cursor in self.plan.cursors]
-            first = step * self.plan.global_batch
             stride = self.batch_size * self.world
             for start in range(self.rank * self.batch_size, len(rows), stride):
                 places = range(start, start + self.batch_size)
@@ -1554,6 +1671,13 @@ def move_batch(batch, device):
     return moved
 
 
+def ignore_signals(_worker):
+    """For loader processes: a signal to the whole group is the trainer's to act on, which still needs them."""
+    signal.set_wakeup_fd(-1)
+    for number in StopSignal.NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset, batch_sampler, workers, pin_memory):
     return DataLoader(
         dataset,
@@ -1562,6 +1686,7 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -1757,12 +1882,13 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
-# Flags that change what is learned: they must be the same when a run is resumed. All others may differ.
+# Flags that change what is learned: they must be the same when a run is resumed. All others may differ, and are listed
+# when they do. What the data, the base model and the batch are is compared itself, not the flags that say where.
 MATHEMATICS = """
     stage rank lora_alpha lora_dropout lora_target_modules use_dora use_rslora train_text_encoder text_encoder_rank
     text_encoder_alpha vae_precision max_train_samples resolution crop random_flip image_interpolation_mode species_key
     species_choice species_mix species_mix_schedule caption_dropout_rate dropped_caption long_captions snr_gamma
-    prediction_type
+    prediction_type base_precision refiner_timestep_band
     noise_offset optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps adam_beta1
     adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
@@ -1776,15 +1902,21 @@ class Progress:
     seed: int = 0
     run_id: str = ""
     cursors: list | None = None  # SamplePlan's: of each bucket the pass and the position in it
+    samples: int = 0  # delivered so far
     loss_sum: float = 0.0  # of the optimizer steps since the last row of metrics
     loss_count: int = 0
+    nonfinite_steps: int = 0  # left out because loss or gradient was not finite
+    nonfinite_in_a_row: int = 0
+    validation_due: bool = False  # of this very step: a signal came before or during it
+    best: dict = field(default_factory=dict)  # the lowest val_loss and its step
     skipped: dict = field(default_factory=dict)  # reason → samples replaced because they were damaged
     damaged: list = field(default_factory=list)  # [{"shard", "key", "reason"}] that decoding found
     law: dict = field(default_factory=dict)  # what must match on resume
+    flags: dict = field(default_factory=dict)  # all others, which need not
 
 
 def make_law(args, accelerator, index, mix):
-    """What fixes the mathematics of a run, compared on resume: flags, data and global batch."""
+    """What fixes the mathematics of a run beside the base model, compared on resume: flags, data and global batch."""
     law = {name: getattr(args, name) for name in MATHEMATICS}
     law["mixed_precision"] = accelerator.mixed_precision
     law["global_batch"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -1793,12 +1925,34 @@ def make_law(args, accelerator, index, mix):
     return json.loads(json.dumps(law))
 
 
-def check_law(saved, current):
+def fingerprint_models(models):
+    """Hash of the first numbers of every frozen tensor: another base model has another."""
+    parts = [models.unet, models.vae, *models.text_encoders]
+    heads = [tensor.detach().flatten()[:8].float() for part in parts for tensor in part.state_dict().values()]
+    return hashlib.blake2b(torch.cat(heads).cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def other_flags(args):
+    """{flag: value} of those that a resumed run may change."""
+    left_out = ("config", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "allow_batch_change")
+    return {k: str(v) for k, v in vars(args).items() if k not in MATHEMATICS and k not in left_out}
+
+
+def differences(saved, current):
+    """["--flag: value then, value now"] of what `current` holds and `saved` holds otherwise."""
+    compared_itself = ("global_batch", "dataset", "species_distribution", "base_model")
+    names = {k: k.replace("_", " ") if k in compared_itself else f"--{k}" for k in current}
+    return [f"{names[k]}: {saved.get(k)!r} then, {v!r} now" for k, v in current.items() if saved.get(k) != v]
+
+
+def check_law(saved, current, allow_batch_change=False):
     """Errors: InputError naming each flag that differs, with both values."""
-    names = {k: f"--{k}" if k in MATHEMATICS else k.replace("_", " ") for k in current}
-    different = [f"{names[k]}: {saved.get(k)!r} then, {v!r} now" for k, v in current.items() if saved.get(k) != v]
+    compared = {k: v for k, v in current.items() if not (allow_batch_change and k == "global_batch")}
+    different = differences(saved, compared)
     if different:
         remedy = "give the values of then, or another --output_dir"
+        if saved.get("global_batch") != compared.get("global_batch"):
+            remedy += "; --allow_batch_change goes on with another batch"
         raise InputError(f"--resume_from_checkpoint: not the same run: {'; '.join(different)}; {remedy}")
 
 
@@ -1871,11 +2025,13 @@ def kohya_metadata(trained):
 
 
 def write_file(path, data):
-    """Bytes to `path`, on the disk when this returns."""
-    with open(path, "wb") as file:
+    """Bytes to `path`, there whole or not at all, on the disk when this returns."""
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    with open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def write_safetensors(path, tensors, metadata):
@@ -1915,43 +2071,105 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(path):
+def sync(path):
+    """Returns when the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def save_checkpoint(accelerator, output_dir, progress, keep=None):
-    """Writes checkpoint-N whole or not at all (temporary folder, checksums, rename), then prunes to `keep`."""
+def make_checksums(folder, names):
+    """Text of checksums.json, the file that is written last and makes a checkpoint whole."""
+    return json.dumps({name: checksum(folder / name) for name in sorted(names)}, indent=1)
+
+
+def complete_checkpoint(partial, final, progress):
+    """Turns what Accelerate saved in `partial` into the checkpoint `final`, in one rename."""
+    for leftover in partial.glob("random_states_*"):  # no per-rank state: every draw is a function of the step
+        leftover.unlink()
+    write_file(partial / "progress.json", (json.dumps(vars(progress), indent=1) + "\n").encode())
+    names = [path.name for path in partial.iterdir()]
+    for name in names:
+        sync(partial / name)
+    write_file(partial / "checksums.json", make_checksums(partial, names).encode())
+    sync(partial)
+    metrics = final.parent / "metrics.jsonl"
+    if metrics.exists():
+        sync(metrics)  # the rows that the checkpoint stands for
+    shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that the resume passed over
+    os.rename(partial, final)
+    sync(final.parent)
+
+
+def fault_of(write):
+    """What kept write() from writing, such as a full disk; None when nothing did."""
+    try:
+        write()
+    except OSError as error:
+        return str(error)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's way of saying that the disk is full
+            raise
+        return f"torch.save could not write: {error}"
+    return None
+
+
+def write_checkpoint(accelerator, output_dir, progress):
+    """Writes checkpoint-N whole or not at all; None, or on every rank what any of them could not write."""
     final = Path(output_dir) / f"checkpoint-{progress.step}"
     partial = Path(output_dir) / f".checkpoint-{progress.step}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for leftover in partial.glob("random_states_*"):  # no per-rank state: every draw is a function of the step
-            leftover.unlink()
-        write_file(partial / "progress.json", (json.dumps(vars(progress), indent=1) + "\n").encode())
-        sums = {}
-        for path in sorted(p for p in partial.iterdir() if p.is_file()):
-            sync_folder(path)
-            sums[path.name] = checksum(path)
-        write_file(partial / "checksums.json", json.dumps(sums, indent=1).encode())
-        sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that the resume passed over
-        os.rename(partial, final)
-        sync_folder(output_dir)
+    fault = next(filter(None, gather_object([fault_of(lambda: accelerator.save_state(str(partial)))])), None)
+    if fault is None and accelerator.is_main_process:
+        fault = fault_of(lambda: complete_checkpoint(partial, final, progress))
+    fault = broadcast_object_list([fault])[0]
+    if fault and accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    return fault
+
+
+def save_checkpoint(accelerator, output_dir, progress, keep=None, attempts=1):
+    """Whether checkpoint-N stands; then the older ones are pruned to `keep`. All ranks call it and get the same."""
+    stop.patient = True
+    for attempt in range(attempts):
+        time.sleep(SAVE_PAUSE if attempt else 0)
+        fault = write_checkpoint(accelerator, output_dir, progress)
+        if fault is None:
+            break
+        logger.error("--output_dir: checkpoint-%d was not written: %s; those before it stand, free some space",
+            progress.step, fault)  # fmt: skip
+    if fault is None and accelerator.is_main_process:
         for _, old in list_checkpoints(output_dir)[: -keep if keep else 0]:
             shutil.rmtree(old, ignore_errors=True)
-        logger.info("saved %s", final)
+        logger.info("saved %s", Path(output_dir) / f"checkpoint-{progress.step}")
     accelerator.wait_for_everyone()
+    stop.patient = False
+    stop.alive()
+    return fault is None
+
+
+def rescue_lora(accelerator, trained, output_dir, step):
+    """Writes the LoRA files elsewhere, output_dir being full. Errors: TrainingError on every rank, saying where."""
+    message = f"--output_dir: {output_dir} is full: checkpoint-{step} was not written, those before it stand; "
+    if accelerator.is_main_process:
+        folder = tempfile.mkdtemp(prefix=f"lora-step-{step}-")
+        fault = fault_of(lambda: save_lora({n: accelerator.unwrap_model(m) for n, m in trained.items()}, folder))
+        message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
+    raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
 
 
 def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    """Adds the rows, all or none. Errors: OSError, when the disk is full."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def read_jsonl(path):
@@ -1971,19 +2189,36 @@ def note_skipped(args, index, progress, entries, write=True):
     if write:
         path = Path(args.output_dir) / "skipped.jsonl"
         known = read_jsonl(path)
-        append_jsonl(path, [entry for entry in index.damage + progress.damaged if entry not in known])
+        rows = [entry for entry in index.damage + progress.damaged if entry not in known]
+        fault = fault_of(lambda: append_jsonl(path, rows))
+        if fault:
+            logger.error("--output_dir: skipped.jsonl lacks %d rows for now: %s", len(rows), fault)
     bad = count_damaged(index.damage + progress.damaged)
     check_bad_fraction("--train_shards", bad, index.total, args.max_bad_fraction)
 
 
 def verify_checkpoint(folder):
-    """None when every file of the checkpoint is whole, else what is wrong with it."""
+    """None when every byte of the checkpoint is what was written, else what is wrong with it."""
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
-        damaged = [name for name, sum_ in sums.items() if checksum(folder / name) != sum_]
-    except (OSError, ValueError) as error:
+        text = (folder / "checksums.json").read_text()
+        sums = json.loads(text)
+        whole = make_checksums(folder, sums)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"incomplete ({error})"
-    return f"damaged: {', '.join(damaged)}" if damaged else None
+    damaged = [name for name, sum_ in json.loads(whole).items() if sums[name] != sum_]
+    return None if text == whole else f"damaged: {', '.join(damaged) or 'checksums.json'}"
+
+
+def read_progress(folder):
+    """The checkpoint's Progress. Errors: InputError when another version of the script wrote it."""
+    saved = json.loads((folder / "progress.json").read_text())
+    foreign = sorted(saved.keys() ^ vars(Progress()).keys())
+    if foreign:
+        raise InputError(
+            f"--resume_from_checkpoint: {folder} is of another version of the trainer (progress.json: "
+            f"{', '.join(foreign)}); resume with the train_sdxl_lora.py that lies in the run's folder"
+        )
+    return Progress(**saved)
 
 
 def find_checkpoint(args):
@@ -2000,7 +2235,7 @@ def find_checkpoint(args):
     for folder in folders:
         fault = verify_checkpoint(folder)
         if fault is None:
-            return folder, Progress(**json.loads((folder / "progress.json").read_text()))
+            return folder, read_progress(folder)
         logger.warning("--resume_from_checkpoint: %s is %s; passed over", folder, fault)
     if folders:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint among {', '.join(map(str, folders))}")
@@ -2015,12 +2250,37 @@ def clear_output_dir(output_dir):
         (output_dir / name).unlink(missing_ok=True)
 
 
-def trim_metrics(path, step):
-    """Cuts the rows after `step` from metrics.jsonl, so that none appears twice after a resume."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        write_file(path, "".join(line + "\n" for line in kept).encode())
+def trim_metrics(path, progress):
+    """Cuts what metrics.jsonl holds from after the checkpoint, so that no row appears twice after a resume."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        row = json.loads(line) if line.endswith("}\n") else {"step": math.inf}  # a line that was being written
+        if row["step"] < progress.step + ("val_loss" not in row or not progress.validation_due):
+            kept.append(line)
+    write_file(path, "".join(kept).encode())
+
+
+def lock_output_dir(output_dir):
+    """Keeps other runs out of the folder for as long as this process lives, and clears up after one that was killed.
+
+    Errors: InputError when another process holds it.
+    """
+    descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would unlock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+        raise InputError(
+            f"--output_dir: {output_dir} is in use by {holder}; wait for it, stop it, or give another folder"
+        ) from error
+    except OSError as error:
+        logger.warning("--output_dir: %s cannot be locked (%s); start no second run on it", output_dir, error)
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    for leftover in output_dir.glob(".*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 # ------------------------------------------------------------------------------
@@ -2070,23 +2330,23 @@ def validation_requests(index, batch_size, rank, world, max_batches):
 # Seam: the metric to sweep. Contract: a float in metrics.jsonl, lower is better, the same on any number of processes.
 def compute_validation_loss(accelerator, models, dataset, args, weight_dtype):
     """Mean squared error over every validation sample once, noise and timestep fixed per sample, no weighting."""
-    requests = validation_requests(
-        dataset.index,
-        args.train_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        args.val_max_batches,
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rounds, requests = (
+        validation_requests(dataset.index, args.train_batch_size, r, world, args.val_max_batches) for r in (0, rank)
     )
     loader = make_loader(dataset, [r for r, _ in requests], args.dataloader_num_workers, pin_memory=False)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     models = unwrap(accelerator, models)
     with evaluating(models):
-        for batch, (_, size) in zip(loader, requests):
-            batch = move_batch(batch, accelerator.device)
-            draws = sample_batch_noise(models, batch, noise_offset=0.0)
-            losses = diffusion_loss(models, batch, draws, weight_dtype).double()[:size]
-            whole = torch.tensor([not replaced for replaced in batch["replaced"][:size]], device=losses.device)
-            total += torch.stack([losses[whole].sum(), whole.sum()])
+        batches = zip(loader, requests)
+        for _ in rounds:  # rank 0 has the most batches
+            leave_if_told(accelerator)
+            for batch, (_, size) in islice(batches, 1):
+                batch = move_batch(batch, accelerator.device)
+                draws = sample_batch_noise(models, batch, noise_offset=0.0)
+                losses = diffusion_loss(models, batch, draws, weight_dtype).double()[:size]
+                whole = torch.tensor([not replaced for replaced in batch["replaced"][:size]], device=losses.device)
+                total += torch.stack([losses[whole].sum(), whole.sum()])
     loss_sum, count = accelerator.reduce(total, "sum").tolist()
     return loss_sum / max(count, 1)
 
@@ -2150,34 +2410,54 @@ def draw_grid(images, prompts, columns):
 def save_samples(accelerator, models, args, seed, step):
     """Writes samples/step-N.png, the pictures made by all ranks together, and gives it to the trackers."""
     jobs = [(prompt, seed + i) for prompt in read_prompts(args) for i in range(args.num_validation_images)]
-    own = jobs[accelerator.process_index :: accelerator.num_processes]
-    images = np.zeros((0, args.resolution, args.resolution, 3), np.uint8)
-    if own:
-        pictures = generate_images(unwrap(accelerator, models), *zip(*own), args.resolution)
-        images = (pictures * 255).round().astype(np.uint8)
-    numbered = list(zip(range(accelerator.process_index, len(jobs), accelerator.num_processes), images))
+    world, rank, numbered = accelerator.num_processes, accelerator.process_index, []
+    for first in range(0, len(jobs), world):
+        leave_if_told(accelerator)
+        for number, (prompt, seed_) in list(enumerate(jobs))[first : first + world][rank : rank + 1]:
+            picture = generate_images(unwrap(accelerator, models), [prompt], [seed_], args.resolution)[0]
+            numbered.append((number, (picture * 255).round().astype(np.uint8)))
     ordered = [image for _, image in sorted(gather_object(numbered), key=lambda pair: pair[0])]
     if not accelerator.is_main_process:
         return
+    grid = draw_grid(np.stack(ordered), [prompt for prompt, _ in jobs], args.num_validation_images)
+    encoded = io.BytesIO()
+    grid.save(encoded, "png")
     folder = Path(args.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
-    grid = draw_grid(np.stack(ordered), [prompt for prompt, _ in jobs], args.num_validation_images)
-    grid.save(folder / f"step-{step}.png")
+    write_file(folder / f"step-{step}.png", encoded.getvalue())
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
 
 
+def log_row(accelerator, row, step):
+    """Gives the row to every tracker; where one cannot write, the others get it and the run goes on."""
+    for tracker in accelerator.trackers:
+        fault = fault_of(lambda tracker=tracker: tracker.log(row, step=step))
+        if fault:
+            logger.error("--output_dir: %s lacks the row of step %d for now: %s", tracker.name, step, fault)
+
+
 def validate(accelerator, models, val_dataset, args, weight_dtype, progress):
-    """{"val_loss": …} (empty without --val_shards); writes the sample grid when there are prompts."""
-    metrics = {}
+    """{"val_loss": …} and the best one yet (empty without --val_shards); draws the sample grid of the prompts.
+
+    Errors: Preempted, on all ranks together.
+    """
+    metrics, best = {}, progress.best
     if val_dataset is not None:
-        metrics["val_loss"] = compute_validation_loss(accelerator, models, val_dataset, args, weight_dtype)
-        accelerator.log(metrics, step=progress.step)
-        logger.info("step %d: %s", progress.step, metrics)
+        val_loss = compute_validation_loss(accelerator, models, val_dataset, args, weight_dtype)
+        if not best or val_loss < best["val_loss"]:
+            best = {"val_loss": val_loss, "step": progress.step}
+        metrics = {"val_loss": val_loss, "best_val_loss": best["val_loss"], "best_step": best["step"]}
     if args.validation_prompt or args.validation_prompts:
-        save_samples(accelerator, models, args, progress.seed, progress.step)
+        fault = fault_of(lambda: save_samples(accelerator, models, args, progress.seed, progress.step))
+        if fault:
+            logger.error("--output_dir: no sample grid of step %d: %s", progress.step, fault)
+    progress.best = best
+    if metrics:
+        log_row(accelerator, metrics, progress.step)
+        logger.info("step %d: %s", progress.step, metrics)
     return metrics
 
 
@@ -2367,21 +2647,6 @@ def write_preview(args, dataset, batches, facts):
 # ------------------------------------------------------------------------------
 
 
-class StopSignal:
-    """Truthy once SIGTERM or SIGUSR1 came; the handler only sets a flag, the step's edge acts on it."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        self.received = True
-
-    def __bool__(self):
-        return self.received
-
-
 @dataclass
 class Run:
     """What the train loop works on, made in main()."""
@@ -2399,7 +2664,8 @@ class Run:
     progress: Progress
     max_train_steps: int
     steps_per_epoch: int
-    stop: StopSignal
+    reports: deque = field(default_factory=deque)  # sent, not yet read
+    stopping: bool = False  # the ranks have agreed to
 
 
 def train_step(run, batch):
@@ -2437,23 +2703,68 @@ def check_gradients(trained):
         raise InputError(f"--lora_target_modules: no gradient reaches {', '.join(lost[:3])}; leave such layers out")
 
 
-def agree(run, losses, grad_norm, keys, skipped):
-    """(loss, stop, damaged samples) of the global batch, the same on every rank: one reduction per optimizer step.
+@dataclass
+class Report:
+    """What the ranks tell each other about a step: reduced on the device, and nobody waits before reading it."""
 
-    Errors: FloatingPointError on all ranks together when loss or gradient is not finite, naming step and samples.
+    step: int
+    sums: torch.Tensor  # (4,) over the ranks: loss, whether the gradient is lost, told to stop, damaged samples
+    grad_norm: torch.Tensor
+    losses: torch.Tensor  # (n,) of this rank, as are the next two
+    keys: list
+    skipped: list
+
+
+def send_report(run, losses, grad_norm, keys, skipped):
+    """Sends the step's Report: the one reduction per optimizer step beside the gradients'."""
+    own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
+    own = own.to(losses.device, non_blocking=True)
+    own[0], own[1] = losses.double().mean(), ~torch.isfinite(grad_norm)
+    sums = run.accelerator.reduce(own, "sum")
+    run.reports.append(Report(run.progress.step + 1, sums, grad_norm, losses, keys, skipped))
+
+
+def count_lost_step(run, report, loss):
+    """Counts a step whose loss or gradient is not finite; fp16's scaler or --on_nonfinite skip leaves it out.
+
+    Errors: TrainingError on all ranks together, naming step and samples, without either or after too many in a row.
     """
-    local = torch.tensor([losses.double().mean().item(), bool(run.stop), len(skipped)], dtype=torch.float64)
-    loss, stop, replaced = run.accelerator.reduce(local.to(losses.device), "sum").tolist()
-    # fp16's scaler meets infinite gradients in its search for a scale and skips such steps by itself
-    gradient_is_lost = run.accelerator.scaler is None and not math.isfinite(grad_norm)
-    if not math.isfinite(loss) or gradient_is_lost:
-        samples = gather_object([k for k, l in zip(keys, losses.tolist()) if gradient_is_lost or not math.isfinite(l)])
-        raise FloatingPointError(
-            f"--learning_rate: loss is {loss}, gradient norm {float(grad_norm)} at step {run.progress.step + 1}, "
-            f"samples {', '.join(samples[:8])}; "
-            "nothing was overwritten; lower the learning rate, or use --mixed_precision bf16 and --vae_precision fp32"
+    args, progress = run.args, run.progress
+    progress.nonfinite_steps += 1
+    progress.nonfinite_in_a_row += 1
+    local = [k for k, l in zip(report.keys, report.losses.tolist()) if math.isfinite(loss) or not math.isfinite(l)]
+    samples = ", ".join(gather_object(local)[:8])
+    found = f"loss is {loss}, gradient norm {float(report.grad_norm)} at step {report.step}, samples {samples}"
+    may_skip = run.accelerator.scaler is not None or args.on_nonfinite == "skip"
+    if not may_skip or progress.nonfinite_in_a_row > MAX_NONFINITE_STEPS:
+        times = f" ({progress.nonfinite_in_a_row} steps in a row)" if may_skip else ""
+        raise TrainingError(
+            f"--learning_rate: {found}{times}; no checkpoint holds it; lower the learning rate, or use "
+            "--mixed_precision bf16 and --vae_precision fp32; --on_nonfinite skip leaves out the odd one"
         )
-    return loss / run.accelerator.num_processes, stop > 0, gather_object(skipped) if replaced else []
+    logger.warning("step left out: %s", found)
+
+
+def read_reports(run, late=0):
+    """Whether the last step read is lost; reads all reports but the newest `late`, on every rank the same.
+
+    Counts what they tell into run.progress; sets run.stopping, and then leaves no report unread.
+    """
+    lost = False
+    while len(run.reports) > (0 if run.stopping else late):
+        report = run.reports.popleft()
+        loss, nonfinite, told, damaged = report.sums.tolist()
+        lost, run.stopping = nonfinite > 0 or not math.isfinite(loss), run.stopping or told > 0
+        if lost:
+            count_lost_step(run, report, loss)
+        else:
+            run.progress.nonfinite_in_a_row = 0
+            run.progress.loss_sum += loss / run.accelerator.num_processes
+            run.progress.loss_count += 1
+        if damaged:
+            entries = gather_object(report.skipped)
+            note_skipped(run.args, run.batches.plan.index, run.progress, entries, run.accelerator.is_main_process)
+    return lost
 
 
 def is_time_to_save(args, step):
@@ -2471,64 +2782,100 @@ def log_metrics(run, bar, grad_norm, last_log):
     step, now = progress.step, time.time()
     images = (step - last_log[0]) * run.batches.plan.global_batch
     row = {
-        "loss": progress.loss_sum / progress.loss_count,
+        **({"loss": progress.loss_sum / progress.loss_count} if progress.loss_count else {}),
         "lr": run.optimizer.param_groups[0]["lr"],
         "grad_norm": float(grad_norm),
         "epoch": step / run.steps_per_epoch,
         "species_mix": run.batches.plan.mix.weight_of_data(step - 1),
         "skipped": sum(progress.skipped.values()),
         **{f"skipped/{reason}": count for reason, count in progress.skipped.items()},
+        "nonfinite_steps": progress.nonfinite_steps,
         "images_per_second": images / max(now - last_log[1], 1e-9),
     }
     progress.loss_sum, progress.loss_count = 0.0, 0
-    bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", img_s=f"{row['images_per_second']:.1f}")
-    run.accelerator.log(row, step=step)
+    bar.set_postfix(
+        loss=f"{row.get('loss', math.nan):.4f}", lr=f"{row['lr']:.2e}", img_s=f"{row['images_per_second']:.1f}"
+    )
+    log_row(run.accelerator, row, step)
     return row, (step, now)
 
 
+def validate_or_stop(run):
+    """validate()'s metrics. A validation that a signal forestalls or cuts short is the first thing due on resume."""
+    run.progress.validation_due = True
+    metrics = {}
+    try:
+        if not run.stopping:
+            metrics = validate(run.accelerator, run.models, run.val_dataset, run.args, run.weight_dtype, run.progress)
+            run.progress.validation_due = False
+    except Preempted:
+        run.stopping = True
+    return metrics
+
+
+def save_or_rescue(run, last):
+    """Saves a checkpoint. Errors: TrainingError when it was the `last` one and the disk stays full."""
+    args, progress = run.args, run.progress
+    attempts = SAVE_ATTEMPTS if last else 1
+    saved = save_checkpoint(run.accelerator, args.output_dir, progress, args.checkpoints_total_limit, attempts)
+    if last and not saved:
+        rescue_lora(run.accelerator, run.trained, args.output_dir, progress.step)
+
+
 def train(run):
-    """Trains to max_train_steps or until told to stop; returns the last metrics."""
+    """Trains to max_train_steps or until told to stop; returns the last metrics.
+
+    Errors: TrainingError when it cannot go on; Preempted when told to stop before there is anything to save.
+    """
     args, accelerator, progress = run.args, run.accelerator, run.progress
     quiet = not accelerator.is_local_main_process
     bar = tqdm(total=run.max_train_steps, initial=progress.step, disable=quiet, unit="step")
-    metrics, last_log, stopping = {}, (progress.step, time.time()), False
+    metrics, last_log = validate_or_stop(run) if progress.validation_due else {}, (progress.step, time.time())
+    if run.stopping:
+        raise Preempted
     losses, keys, skipped = [], [], []
     for batch in run.loader:
         batch = move_batch(batch, accelerator.device)
         micro_losses, grad_norm = train_step(run, batch)
+        stop.alive()
         losses.append(micro_losses)
         keys += batch["keys"]
         skipped += batch["skipped"]
         if not accelerator.sync_gradients:
             continue
 
-        loss, stopping, skipped = agree(run, torch.cat(losses), grad_norm, keys, skipped)
         if progress.step == 0:
             check_gradients(run.trained)
+        send_report(run, torch.cat(losses), grad_norm, keys, skipped)
+        losses, keys, skipped = [], [], []
+        lost = args.on_nonfinite == "skip" and read_reports(run)
         set_learning_rate(run.optimizer, run.lr_schedule(progress.step))
-        run.optimizer.step()
-        if accelerator.optimizer_step_was_skipped:
-            logger.warning("step %d skipped: fp16 gradients overflowed, the loss scale is lowered", progress.step + 1)
+        if not lost:
+            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
+        progress.samples += run.batches.plan.global_batch
         progress.cursors = run.batches.states.pop(progress.step)
-        if skipped:
-            note_skipped(args, run.batches.plan.index, progress, skipped, accelerator.is_main_process)
-        losses, keys, skipped = [], [], []
         bar.update()
-        done = progress.step >= run.max_train_steps
+        stop.begun = True
 
-        if progress.step % args.logging_steps == 0 or done:
+        done = progress.step >= run.max_train_steps
+        logs = done or progress.step % args.logging_steps == 0
+        validates, saves = is_time_to_validate(run), done or is_time_to_save(args, progress.step)
+        # a step's numbers are read a step late, so that none waits for its own, but before anything rests on them
+        read_reports(run, late=0 if logs or validates or saves else 1)
+        if logs:
             metrics, last_log = log_metrics(run, bar, grad_norm, last_log)
-        if is_time_to_validate(run) and not stopping:
-            metrics |= validate(accelerator, run.models, run.val_dataset, args, run.weight_dtype, progress)
-        if is_time_to_save(args, progress.step) or stopping or done:
-            save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit)
-        if stopping or done:
+        if validates:
+            metrics |= validate_or_stop(run)
+        if saves or run.stopping:
+            save_or_rescue(run, last=done or run.stopping)
+        if done or run.stopping:
             break
     bar.close()
-    return metrics | {"step": progress.step, "preempted": stopping and progress.step < run.max_train_steps}
+    stop.patient = True  # no step is to come that the watchdog could wait for
+    done = progress.step >= run.max_train_steps and not progress.validation_due
+    return metrics | {"step": progress.step, "preempted": not done}
 
 
 # ------------------------------------------------------------------------------
@@ -2537,14 +2884,14 @@ def train(run):
 
 
 class JsonlTracker(GeneralTracker):
-    """metrics.jsonl: one JSON object per row, on the disk as soon as it is logged."""
+    """metrics.jsonl: one JSON object per row, in the file as soon as it is logged and the disk has room."""
 
     name = "jsonl"
     requires_logging_directory = False
 
     def __init__(self, path):
         super().__init__()
-        self.path = path
+        self.path, self.waiting = path, []
 
     @property
     def tracker(self):
@@ -2556,13 +2903,17 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values, step=None, **kwargs):
-        append_jsonl(self.path, [{"step": step, **values, "time": round(time.time(), 3)}])
+        self.waiting.append({"step": step, **values, "time": round(time.time(), 3)})
+        append_jsonl(self.path, self.waiting)
+        self.waiting = []
 
 
 def make_accelerator(args):
     """Accelerator with our trackers and without autocast; checks that the launcher's world is the one we are in."""
     autocast = AutocastKwargs(enabled=False)  # the frozen models are in the weight dtype, the adapters cast themselves
     output_dir = Path(args.output_dir)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     names = [] if args.report_to == "none" else [args.report_to]
     if args.report_to == "all":
         names = [str(tracker) for tracker in get_available_trackers()]
@@ -2588,15 +2939,40 @@ def make_accelerator(args):
     return accelerator
 
 
+@contextmanager
+def explained(args):
+    """Ends a run that cannot go on with what happened and what helps. Errors: TrainingError in place of others."""
+    resume = "the newest checkpoint stands; continue with --resume_from_checkpoint latest"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "--gradient_checkpointing, then a smaller --train_batch_size with --gradient_accumulation_steps"
+        remedy += ", then --use_8bit_adam, a smaller --rank or --resolution"
+        raise TrainingError(f"--train_batch_size: out of GPU memory; try {remedy}; {resume}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise TrainingError(f"--output_dir: cannot write: {error}; make room; {resume}") from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        logs = Path(args.output_dir) / args.logging_dir / "rank-N.log"
+        raise TrainingError(f"another process of this run is gone: {logs} of it says why; {resume}") from error
+
+
 def prepare_output_dir(accelerator, args):
-    """Makes output_dir and starts this rank's log in it."""
+    """Makes output_dir and starts this rank's log in it. Errors: InputError when nothing can be written there."""
     output_dir = Path(args.output_dir)
-    (output_dir / args.logging_dir).mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(output_dir / args.logging_dir / f"rank-{accelerator.process_index}.log")
+    log = output_dir / args.logging_dir / f"rank-{accelerator.process_index}.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(log)
+    except OSError as error:
+        raise InputError(f"--output_dir: cannot write there: {error}; give a folder you can write to") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers = [handler]
-    if accelerator.is_main_process:
-        logger.addHandler(logging.StreamHandler())
+    console = logging.StreamHandler()
+    console.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logger.handlers = [handler, console]
     logger.setLevel(logging.INFO)
     logger.propagate = False
     datasets.utils.logging.disable_progress_bar()
@@ -2604,6 +2980,20 @@ def prepare_output_dir(accelerator, args):
         library.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+
+
+def decide_on_main(accelerator, action):
+    """action()'s value on every rank, from the main process. Errors: its InputError, on all ranks together."""
+    answer = None
+    if accelerator.is_main_process:
+        try:
+            answer = action()
+        except InputError as error:
+            answer = error
+    answer = broadcast_object_list([answer])[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
 
 
 def start_progress(args, found):
@@ -2726,13 +3116,13 @@ def push_to_hub(args):
     api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, ignore_patterns=ignored)
 
 
-def make_run(args, accelerator, progress, stop):
+def make_run(args, accelerator, progress):
     """Everything the train loop needs, made in the order of the rooms."""
     index, mix, val_index = make_data(accelerator, args, progress.seed)
+    leave_if_told(accelerator)
     law = make_law(args, accelerator, index, mix)
     if progress.law:
-        check_law(progress.law, law)
-    progress.law = law
+        check_law(progress.law, law, args.allow_batch_change)
 
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device, unet_weights=not args.dry_run)
@@ -2741,6 +3131,14 @@ def make_run(args, accelerator, progress, stop):
     if cut and accelerator.is_main_process:
         logger.warning("--long_captions %s: %d of %d captions are cut, the longest has %d tokens and %d are read",
             args.long_captions, cut, len(captions), longest, 75 * models.caption_chunks)  # fmt: skip
+    if not args.dry_run:
+        law["base_model"] = fingerprint_models(models)
+    if progress.law:
+        check_law(progress.law, law, args.allow_batch_change)
+        for changed in differences(progress.flags, other_flags(args)) if accelerator.is_main_process else ():
+            logger.info("resumed with another %s", changed)
+    progress.law, progress.flags = law, other_flags(args)
+    leave_if_told(accelerator)
     trained = add_adapters(args, models, progress.seed)
     register_adapter_hooks(accelerator, trained)
 
@@ -2757,7 +3155,7 @@ def make_run(args, accelerator, progress, stop):
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     warmup_steps = round(0.03 * max_train_steps) if args.lr_warmup_steps is None else args.lr_warmup_steps
-    position = (progress.step, progress.cursors)
+    position = (progress.step, progress.cursors, progress.samples)
     plan = SamplePlan(index, mix, args.species_choice, progress.seed, global_batch, *position)
     batches = MicroBatches(
         plan, max_train_steps, args.train_batch_size, accelerator.process_index, accelerator.num_processes
@@ -2780,7 +3178,6 @@ def make_run(args, accelerator, progress, stop):
         progress=progress,
         max_train_steps=max_train_steps,
         steps_per_epoch=steps_per_epoch,
-        stop=stop,
     )
 
 
@@ -2814,54 +3211,91 @@ def preview(run):
     return facts
 
 
-def main(argv=None):
-    """Trains as the flags say; returns the last metrics."""
-    args = parse_args(argv)
-    stop = StopSignal()
-    accelerator = make_accelerator(args)
-    prepare_output_dir(accelerator, args)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
+def claim_output_dir(args):
+    """(folder, Progress) to resume from, or (None, None); from here on no other run may write to output_dir.
 
-    checkpoint, found = find_checkpoint(args)
-    progress = start_progress(args, found)
-    run = make_run(args, accelerator, progress, stop)
-    if args.dry_run:
-        return preview(run) if accelerator.is_main_process else {}
-    index = run.batches.plan.index
+    Errors: InputError when one does, or when no checkpoint is whole.
+    """
+    if not args.dry_run:
+        lock_output_dir(Path(args.output_dir))
+    return find_checkpoint(args)
+
+
+def start(run, checkpoint):
+    """Loads the checkpoint, if any, brings output_dir to where it was then, and starts the trackers.
+
+    Errors: InputError on all ranks when one of them does not see the checkpoint.
+    """
+    args, accelerator, progress, index = run.args, run.accelerator, run.progress, run.batches.plan.index
     if checkpoint is not None:
+        blind = gather_object([] if checkpoint.is_dir() else [str(accelerator.process_index)])
+        if blind:
+            found = f"ranks {', '.join(blind)} do not see {checkpoint}"
+            raise InputError(f"--output_dir: {found}; put it on a filesystem that all machines share")
         accelerator.load_state(str(checkpoint))
         logger.info("resumed from %s", checkpoint)
     if accelerator.is_main_process:
         if args.overwrite_output_dir and checkpoint is None:
             clear_output_dir(Path(args.output_dir))
-        trim_metrics(Path(args.output_dir) / "metrics.jsonl", progress.step)
+        trim_metrics(Path(args.output_dir) / "metrics.jsonl", progress)
         note_skipped(args, index, progress, [])
         save_run(args, progress, index)
     init_trackers(accelerator, args, progress)
 
-    try:
-        metrics = train(run)
-    except torch.OutOfMemoryError as error:
-        remedy = "--gradient_checkpointing, then a smaller --train_batch_size with --gradient_accumulation_steps"
-        raise RuntimeError(f"--train_batch_size: out of GPU memory; try {remedy}, then --use_8bit_adam") from error
 
+def finish(run, metrics):
+    """Writes the LoRA files and the model card, of a preempted run as far as it came; uploads them when asked.
+
+    Errors: TrainingError when the disk is full, saying where the weights are.
+    """
+    args, accelerator, index = run.args, run.accelerator, run.batches.plan.index
     if accelerator.is_main_process:
-        save_lora({name: accelerator.unwrap_model(m) for name, m in run.trained.items()}, args.output_dir)
-        save_model_card(args, metrics, index)
-        if index.damage or progress.damaged:
-            kinds = Counter(map(reason_of, index.damage + progress.damaged))
+        trained = {name: accelerator.unwrap_model(m) for name, m in run.trained.items()}
+        fault = fault_of(lambda: save_lora(trained, args.output_dir))
+        fault = fault or fault_of(lambda: save_model_card(args, metrics, index))
+        if fault:
+            where = f"checkpoint-{run.progress.step} holds the LoRA files"
+            raise TrainingError(f"--output_dir: {fault}; {where}; free some space and run the same command again")
+        if index.damage or run.progress.damaged:
+            kinds = Counter(map(reason_of, index.damage + run.progress.damaged))
             logger.warning("never trained on, listed in skipped.jsonl: %s", dict(kinds))
-        if metrics["preempted"] and os.environ.get("PREEMPT_FILE"):
-            Path(os.environ["PREEMPT_FILE"]).touch()
         if args.push_to_hub and not metrics["preempted"]:
             push_to_hub(args)
-    accelerator.end_training()
+    if metrics["preempted"]:
+        stop.mark()
+    fault = fault_of(accelerator.end_training)
+    if fault:
+        logger.error("--output_dir: a tracker could not write its last rows: %s", fault)
+
+
+def main(argv=None):
+    """Trains as the flags say; returns the last metrics."""
+    stop.listen()
+    args = parse_args(argv)
+    with explained(args):
+        accelerator = make_accelerator(args)
+        prepare_output_dir(accelerator, args)
+        checkpoint, found = decide_on_main(accelerator, lambda: claim_output_dir(args))
+        progress = start_progress(args, found)
+        try:
+            run = make_run(args, accelerator, progress)
+            if args.dry_run:
+                return preview(run) if accelerator.is_main_process else {}
+            start(run, checkpoint)
+            metrics = train(run)
+        except Preempted:  # before there was anything to save
+            stop.mark()
+            return {"step": progress.step, "preempted": True}
+        finish(run, metrics)
     return metrics
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except (InputError, TrainingError) as error:
+        logger.error("%s: error: %s", Path(sys.argv[0]).name, error)
+        sys.exit(1)
+    except Exception:
+        logger.exception("ended by a fault of the program or of a library")
+        sys.exit(1)

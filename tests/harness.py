@@ -9,9 +9,19 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 SDXL = ROOT / "demo" / "sdxl"
+# what the functions of the data room need of an Accelerator that is the only process
+ALONE = SimpleNamespace(
+    process_index=0,
+    num_processes=1,
+    is_main_process=True,
+    device="cpu",
+    reduce=lambda tensor, how: tensor,
+    main_process_first=contextlib.nullcontext,
+)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train_sdxl_lora"])

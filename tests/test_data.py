@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset as wds
+from harness import ALONE
 from PIL import Image, ImageOps
 
 import train_sdxl_lora as trainer
@@ -293,10 +294,9 @@ def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_pat
 
 
 def load_index(shards, tmp_path, **flags):
-    alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
     args = SimpleNamespace(train_shards=[str(s) for s in shards], species_key="species_list", **flags)
-    return trainer.load_index(alone, args, "--train_shards", seed=1)
+    return trainer.load_index(ALONE, args, "--train_shards", seed=1)
 
 
 def test_too_many_damaged_samples_end_the_run_and_name_the_flag(tmp_path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+from harness import ALONE
 from test_data import encode, index_of, index_shard, noise_image, open_image, sample, write_shard
 
 import train_sdxl_lora as trainer
@@ -38,10 +39,9 @@ def no_waiting(monkeypatch):
 
 
 def load_index(patterns, tmp_path, **flags):
-    alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": str(tmp_path)} | flags
     args = SimpleNamespace(train_shards=patterns, species_key="species_list", output_dir=tmp_path, **flags)
-    return trainer.load_index(alone, args, "--train_shards", seed=1)
+    return trainer.load_index(ALONE, args, "--train_shards", seed=1)
 
 
 def delivered(index, tmp_path, workers=0):
@@ -282,10 +282,7 @@ def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
 
     @functools.wraps(trainer.load_index)
     def load():
-        import contextlib
-
-        alone = SimpleNamespace(main_process_first=contextlib.nullcontext)
-        return trainer.load_index(alone, args, "--dataset_name", seed=1)
+        return trainer.load_index(ALONE, args, "--dataset_name", seed=1)
 
     index = load()
     assert [index.row(i)["labels"] for i in range(5)] == [["mew"], ["mew", "pichu"], [], [], ["pichu"]]
