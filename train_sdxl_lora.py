@@ -181,6 +181,7 @@ MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads 225 tokens at most
 HEADER_BYTES = 1 << 16  # of an image, in which indexing finds its size; where they are too few it reads all
 SAVE_ATTEMPTS = 4  # of the last checkpoint of a run, SAVE_PAUSE seconds apart, when the disk is full
 SAVE_PAUSE = 2.0
+LOCK_SECONDS = 3  # that a run waits for the output_dir of one that is just ending
 MAX_NONFINITE_STEPS = 30  # in a row, after which skipping them is hopeless: fp16's scale is then below 2^-14
 BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as SDXL was trained (arXiv:2307.01952, app. I)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -2268,15 +2269,20 @@ def lock_output_dir(output_dir):
     Errors: InputError when another process holds it.
     """
     descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would unlock
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-        raise InputError(
-            f"--output_dir: {output_dir} is in use by {holder}; wait for it, stop it, or give another folder"
-        ) from error
-    except OSError as error:
-        logger.warning("--output_dir: %s cannot be locked (%s); start no second run on it", output_dir, error)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            if time.monotonic() > deadline:
+                found = f"{output_dir} is in use by {holder}"
+                raise InputError(f"--output_dir: {found}; wait for it, stop it, or give another folder") from error
+            time.sleep(0.2)
+            continue
+        except OSError as error:
+            logger.warning("--output_dir: %s cannot be locked (%s); start no second run on it", output_dir, error)
+        break
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     for leftover in output_dir.glob(".*.partial"):

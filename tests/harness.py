@@ -51,6 +51,7 @@ def _child(argv, env, log, setup):
 
     os.environ.update(env)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader processes as in a run that was not forked itself
     code = 0
     with open(log, "w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         os.dup2(stream.fileno(), 1)

@@ -32,11 +32,19 @@ def die_in_micro_step(number, module):
     module.train_step = train_step
 
 
+def flatten(name, value):
+    """(name, tensor) of every number and tensor in nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flatten(f"{name}.{key}", inner)
+    elif isinstance(value, (int, float, torch.Tensor)):
+        yield name, torch.as_tensor(value)
+
+
 def tensors_of(folder):
+    """All that a checkpoint holds of adapters and optimizer, by name."""
     adapters = safetensors.torch.load_file(folder / "pytorch_lora_weights.safetensors")
-    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
-    state = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
-    return adapters | state
+    return adapters | dict(flatten("optimizer", torch.load(folder / "optimizer.bin", weights_only=True)))
 
 
 def note_shapes(folder, module):

@@ -1,0 +1,176 @@
+"""Kills runs at random instants and asks whether what they end with is what an uninterrupted run ends with.
+
+    python benchmarks/soak.py                  # 200 kills; half an hour on two cores
+
+Each run trains UNet and both text encoders on the demo world with LoRA dropout, accumulation and validation, saves
+every third step, and is killed with SIGKILL and started again by the same command until it is done. Some kills come
+at any instant from the start of the process on, others are aimed: they wait for a checkpoint to be under way. Of two
+processes either one or both are killed. At the end adapters, optimizer and rows of metrics are compared bit by bit.
+Runs are forks of a process that has imported torch, so recovery is counted without those ten seconds.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "tests")]
+
+STEPS = 20
+KINDS = {"no workers": (0, 1), "2 workers": (2, 1), "2 processes": (0, 2)}  # name → loader workers, processes
+
+
+def make_flags(world, workers, processes):
+    """A command line in which everything happens often; the global batch is 4 on any number of processes."""
+    from harness import SDXL
+
+    return [
+        *("--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train"),
+        *("--species_csv", world / "manifests/train_species.csv", "--val_shards", world / "data/val"),
+        *("--resolution", 64, "--train_batch_size", 2 // processes, "--gradient_accumulation_steps", 2, "--seed", 7),
+        *("--train_text_encoder", "--rank", 4, "--lora_dropout", 0.2, "--random_flip", "--noise_offset", 0.05),
+        *("--max_train_steps", STEPS, "--checkpointing_steps", 3, "--checkpoints_total_limit", 2),
+        *("--logging_steps", 1, "--validation_steps", 7, "--learning_rate", 1e-3, "--mixed_precision", "no"),
+        *("--dataloader_num_workers", workers, "--report_to", "none", "--resume_from_checkpoint", "latest"),
+    ]
+
+
+def note_first_step(path, module):
+    """Writes the time at which the run's first forward pass begins."""
+    original = module.train_step
+
+    def train_step(run, batch):
+        if not os.path.exists(path):
+            Path(path).write_text(repr(time.time()))
+        return original(run, batch)
+
+    module.train_step = train_step
+
+
+def final_state(output_dir):
+    """(tensors of adapters and optimizer by name, rows of metrics without times, best validation) at the end."""
+    import safetensors.torch
+    import torch
+
+    folder = output_dir / f"checkpoint-{STEPS}"
+    tensors = safetensors.torch.load_file(folder / "pytorch_lora_weights.safetensors")
+    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
+    tensors |= {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    rows = [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in lines]
+    return tensors, rows, json.loads((folder / "progress.json").read_text())["best"]
+
+
+def are_identical(a, b):
+    import torch
+
+    same = a[0].keys() == b[0].keys() and all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+    return same and a[1:] == b[1:]
+
+
+def wait_for_instant(children, output_dir, longest, aimed, rng):
+    """Returns at the instant to kill: at random within `longest` seconds, or while a checkpoint is being written."""
+    until = time.time() + rng.random() * longest * (0.7 if aimed else 1)
+    while any(child.is_alive() for child, _ in children):
+        if time.time() > until and (not aimed or list(output_dir.glob(".checkpoint-*.partial"))):
+            time.sleep(rng.random() * 0.02 if aimed else 0)
+            return
+        time.sleep(0.0005 if aimed else 0.005)
+
+
+def kill(children, rng):
+    """SIGKILL to one process or all; whether it met a living one. Returns when all have ended."""
+    victims = children if rng.random() < 0.5 else [rng.choice(children)]
+    met = False
+    for child, _ in victims:
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            met = True
+    for child, _ in children:
+        child.join(60)
+        if child.is_alive():
+            raise RuntimeError("a process outlives its killed peer by a minute")
+    return met and all(child.exitcode for child, _ in children)
+
+
+def count_lost(output_dir):
+    """(steps that will be done again, bytes of rows and half-written checkpoints that the resume throws away)."""
+    saved = max((int(p.name.split("-")[1]) for p in output_dir.glob("checkpoint-*")), default=0)
+    metrics, done, size = output_dir / "metrics.jsonl", saved, 0
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        step = json.loads(line)["step"] if line.endswith("}") else saved + 1
+        done, size = max(done, step), size + (len(line) + 1 if step > saved else 0)
+    size += sum(p.stat().st_size for p in output_dir.glob(".*.partial/*"))
+    return done - saved, size
+
+
+def soak(world, folder, kills, aimed, workers, processes, seed=0, tell=print):
+    """Report of at least `kills` kills, at least `aimed` of them while a checkpoint was being written."""
+    from harness import assert_ok, run_trainer, start_trainer
+
+    rng = random.Random(seed)
+    flags, folder = make_flags(world, workers, processes), Path(folder)
+    expected = final_state(assert_ok(run_trainer(flags, folder / "whole", processes)).output_dir)
+    started = time.time()
+    assert are_identical(final_state(assert_ok(run_trainer(flags, folder / "again", processes)).output_dir), expected)
+    longest = time.time() - started
+    report = dict.fromkeys(("kills", "while_saving", "runs", "identical", "steps_again", "bytes_lost"), 0)
+    report["slowest_recovery"], first_step, output_dir = 0.0, folder / "first_step", folder / "killed"
+    while report["kills"] < kills or report["while_saving"] < aimed or output_dir.exists():
+        first_step.unlink(missing_ok=True)
+        resumes, started = bool(list(output_dir.glob("checkpoint-*"))), time.time()
+        enough = report["kills"] >= kills and report["while_saving"] >= aimed
+        children = start_trainer(flags, output_dir, processes, setup=partial(note_first_step, first_step))
+        aim = report["while_saving"] < aimed and rng.random() < 0.3
+        wait_for_instant(children, output_dir, 1e6 if enough else longest, aim, rng)
+        if kill(children, rng):
+            report["kills"] += 1
+            report["while_saving"] += bool(list(output_dir.glob(".checkpoint-*.partial")))
+            steps, size = count_lost(output_dir)
+            report["steps_again"] += steps
+            report["bytes_lost"] += size
+        else:
+            if any(child.exitcode for child, _ in children):
+                raise RuntimeError("\n".join(Path(log).read_text()[-2000:] for _, log in children))
+            report["runs"] += 1
+            report["identical"] += are_identical(final_state(output_dir), expected)
+            shutil.rmtree(output_dir)
+            tell(json.dumps(report))
+        if resumes and first_step.exists():
+            recovery = float(first_step.read_text()) - started
+            report["slowest_recovery"] = max(report["slowest_recovery"], round(recovery, 2))
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="in all")
+    parser.add_argument("--aimed", type=int, default=30, help="of them while a checkpoint is being written")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    args = parser.parse_args()
+    from world import make_dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder, "world")
+        make_dataset(world, seed=3, scale=0.06, val_per_species=1)
+        reports = {}
+        for n, (kind, (workers, processes)) in enumerate(KINDS.items()):
+            share = [len(range(n, amount, len(KINDS))) for amount in (args.kills, args.aimed)]
+            reports[kind] = soak(world, Path(folder, str(n)), *share, workers, processes, args.seed + n)
+            print(f"{kind}: {json.dumps(reports[kind])}", flush=True)
+    total = {k: sum(r[k] for r in reports.values()) for k in reports[kind]}
+    total["slowest_recovery"] = max(r["slowest_recovery"] for r in reports.values())
+    print(f"together: {json.dumps(total)}")
+    sys.exit(total["identical"] != total["runs"])
+
+
+if __name__ == "__main__":
+    main()
