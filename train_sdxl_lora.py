@@ -99,7 +99,8 @@ class StopSignal:
             os._exit(130)
         if not self:
             self.number, self.since, self.sign_of_life = number, now, now
-            logger.warning("%s: stopping at the edge of this step", signal.Signals(number).name)
+            edge = "stopping at the edge of this step" if self.begun else "stopping before the first step"
+            logger.warning("%s: %s", signal.Signals(number).name, edge)
         if not self.begun and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             self.leave()
 
@@ -2251,14 +2252,14 @@ def clear_output_dir(output_dir):
         (output_dir / name).unlink(missing_ok=True)
 
 
-def trim_metrics(path, progress):
-    """Cuts what metrics.jsonl holds from after the checkpoint, so that no row appears twice after a resume."""
+def trim_rows(path, progress):
+    """Cuts the rows from after the checkpoint, and one that was being written, so that a resume writes none twice."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        row = json.loads(line) if line.endswith("}\n") else {"step": math.inf}  # a line that was being written
-        if row["step"] < progress.step + ("val_loss" not in row or not progress.validation_due):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        row = json.loads(line) if line.endswith("}\n") else {"step": math.inf}
+        if row.get("step", 0) < progress.step + ("val_loss" not in row or not progress.validation_due):
             kept.append(line)
     write_file(path, "".join(kept).encode())
 
@@ -3243,7 +3244,8 @@ def start(run, checkpoint):
     if accelerator.is_main_process:
         if args.overwrite_output_dir and checkpoint is None:
             clear_output_dir(Path(args.output_dir))
-        trim_metrics(Path(args.output_dir) / "metrics.jsonl", progress)
+        for name in ("metrics.jsonl", "skipped.jsonl"):
+            trim_rows(Path(args.output_dir) / name, progress)
         note_skipped(args, index, progress, [])
         save_run(args, progress, index)
     init_trackers(accelerator, args, progress)

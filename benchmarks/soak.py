@@ -78,7 +78,7 @@ def are_identical(a, b):
 
 def wait_for_instant(children, output_dir, longest, aimed, rng):
     """Returns at the instant to kill: at random within `longest` seconds, or while a checkpoint is being written."""
-    until = time.time() + rng.random() * longest * (0.7 if aimed else 1)
+    until = time.time() + rng.random() * longest * 0.6  # often enough that most runs die several times
     while any(child.is_alive() for child, _ in children):
         if time.time() > until and (not aimed or list(output_dir.glob(".checkpoint-*.partial"))):
             time.sleep(rng.random() * 0.02 if aimed else 0)
@@ -87,18 +87,22 @@ def wait_for_instant(children, output_dir, longest, aimed, rng):
 
 
 def kill(children, rng):
-    """SIGKILL to one process or all; whether it met a living one. Returns when all have ended."""
+    """SIGKILL to one process or all; whether it met a living one. Returns when all have ended.
+
+    A survivor ends by itself unless it waits for a peer that never came: then it gets a launcher's SIGTERM.
+    """
     victims = children if rng.random() < 0.5 else [rng.choice(children)]
-    met = False
-    for child, _ in victims:
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-            met = True
+    met = [child for child, _ in victims if child.is_alive()]
+    for child in met:
+        os.kill(child.pid, signal.SIGKILL)
     for child, _ in children:
+        child.join(5)
+        if child.is_alive():
+            child.terminate()
         child.join(60)
         if child.is_alive():
             raise RuntimeError("a process outlives its killed peer by a minute")
-    return met and all(child.exitcode for child, _ in children)
+    return bool(met)
 
 
 def count_lost(output_dir):

@@ -13,7 +13,9 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import harness
 import pytest
 import torch
 from harness import ROOT, assert_ok, free_port, run_trainer, start_trainer
@@ -187,7 +189,9 @@ def test_a_signal_to_the_launcher_saves_within_ten_seconds_and_resumes_identical
     sent = time.time()
     process.send_signal(number)
     wait_until(lambda: not trainers(run), 60)
-    assert time.time() - sent < 10, (tmp_path / "log").read_text()[-3000:]
+    took = time.time() - sent
+    print(f"{launcher}, {processes} processes, {signal.Signals(number).name}: gone after {took:.1f} s")
+    assert took < 10, (tmp_path / "log").read_text()[-3000:]
     process.wait()
     saved = [int(p.name.split("-")[1]) for p in run.glob("checkpoint-*")]
     assert len(saved) == 1 and 3 <= saved[0] < 60, (tmp_path / "log").read_text()[-3000:]
@@ -251,6 +255,21 @@ def test_a_process_whose_peer_hangs_ends_with_the_reason_after_a_signal(flags, t
     assert "SIGTERM: no step has ended for 3 s" in Path(children[0][1]).read_text()
 
 
+def be_impatient(module):
+    module.STOP_SECONDS = 2
+
+
+def test_a_process_whose_peers_never_come_leaves_after_a_signal(flags, tmp_path):
+    marker = tmp_path / "preempted"
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "PREEMPT_FILE": str(marker)}
+    ((child, _),) = start_trainer(flags, tmp_path / "run", env=env, setup=be_impatient)
+    child.join(20)  # for the import of torch, if this is the first test
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(10)
+    assert child.exitcode == 0 and marker.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(world, tmp_path, kind):
@@ -267,9 +286,18 @@ ARITHMETIC = {
 }
 
 
-@pytest.mark.parametrize("kind", ARITHMETIC)
+@pytest.mark.parametrize("kind", [*ARITHMETIC, pytest.param("fp16", marks=pytest.mark.gpu)])
 def test_every_arithmetic_resumes_in_the_middle_of_an_update(flags, tmp_path, kind):
-    argv = [*flags, *ARITHMETIC[kind], "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2]
+    env = {"ACCELERATE_USE_CPU": "false"} if kind == "fp16" else {}
+    run_trainer = partial(harness.run_trainer, env=env)
+    argv = [
+        *flags,
+        *ARITHMETIC.get(kind, ["--mixed_precision", kind]),
+        "--lora_dropout",
+        0.3,
+        "--gradient_accumulation_steps",
+        2,
+    ]
     argv += ["--max_train_steps", 4, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
     whole = run_trainer(argv, tmp_path / "whole")
     if kind == "adamw8bit" and "--optimizer" in whole.output and whole.codes != [0]:
@@ -280,6 +308,10 @@ def test_every_arithmetic_resumes_in_the_middle_of_an_update(flags, tmp_path, ki
     assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "run")), step=4)
     if kind == "adamw8bit":
         assert torch.uint8 in {tensor.dtype for tensor in tensors_of(tmp_path / "run/checkpoint-4").values()}
+    if kind == "fp16":
+        assert (tmp_path / "run/checkpoint-4/scaler.pt").read_bytes() == (
+            tmp_path / "whole/checkpoint-4/scaler.pt"
+        ).read_bytes()
 
 
 def note_samples(path, module):
@@ -614,6 +646,21 @@ def test_steps_without_a_finite_loss_are_left_out_when_asked_until_there_are_too
     argv += ["--resume_from_checkpoint", "latest", "--max_train_steps", 50, "--checkpointing_steps", 50]
     hopeless = run_trainer(argv, tmp_path / "run", 2, setup=partial(lose_gradients, range(5, 99), 0), timeout=120)
     assert hopeless.codes == [1, 1] and "(31 steps in a row)" in hopeless.output
+
+
+def test_fp16_leaves_out_the_steps_its_scaler_skips_and_gives_up_after_many_in_a_row(caplog):
+    accelerator = SimpleNamespace(scaler=object())
+    args, progress = SimpleNamespace(on_nonfinite="stop"), trainer.Progress()
+    run = SimpleNamespace(args=args, accelerator=accelerator, progress=progress)
+    norm, losses = torch.tensor(float("inf")), torch.tensor([0.1, float("nan")])
+    for step in range(trainer.MAX_NONFINITE_STEPS):
+        trainer.count_lost_step(run, trainer.Report(step, None, norm, losses, ["a", "b"], []), float("nan"))
+    assert progress.nonfinite_steps == progress.nonfinite_in_a_row == trainer.MAX_NONFINITE_STEPS
+    with pytest.raises(trainer.TrainingError, match=r"at step 99, samples b \(31 steps in a row\)"):
+        trainer.count_lost_step(run, trainer.Report(99, None, norm, losses, ["a", "b"], []), float("nan"))
+    accelerator.scaler = None
+    with pytest.raises(trainer.TrainingError, match="at step 100, samples a, b; no checkpoint holds it"):
+        trainer.count_lost_step(run, trainer.Report(100, None, norm, losses, ["a", "b"], []), 0.1)
 
 
 def test_the_error_of_a_lost_loss_comes_before_any_checkpoint_of_it(flags, tmp_path):
