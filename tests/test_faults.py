@@ -199,6 +199,35 @@ def test_a_signal_to_the_launcher_saves_within_ten_seconds_and_resumes_identical
     assert_same_run(assert_ok(run_trainer(argv, tmp_path / "whole", processes)), result, step=60)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("moment", ["index building", "validation", "sampling"])
+def test_a_signal_to_the_launcher_in_the_midst_of_other_work_is_obeyed_too(flags, world, tmp_path, moment, processes):
+    argv = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 1000, "--resume_from_checkpoint", "latest"]
+    shard, run = next((world / "data/train").glob("*.tar")), tmp_path / "run"
+    if moment == "index building":
+        argv[argv.index("--train_shards") + 1] = f"pipe:sleep 4; cat {shard}"
+    if moment == "validation":
+        argv += ["--val_shards", world / "data/train", "--validation_steps", 1]
+    if moment == "sampling":
+        argv += ["--validation_prompt", "Aquafin", "--num_validation_images", 12, "--validation_steps", 1]
+    process = start_command(command(argv, run, LAUNCHERS["ddp.yaml"], processes), tmp_path / "log")
+    wait_until((run / "shards").exists if moment == "index building" else lambda: rows(run))
+    time.sleep(0.3)
+    sent = time.time()
+    process.terminate()
+    wait_until(lambda: not trainers(run), 60)
+    assert time.time() - sent < 10, (tmp_path / "log").read_text()[-3000:]
+    process.wait()
+    saved = [json.loads(path.read_text()) for path in run.glob("checkpoint-*/progress.json")]
+    if moment == "index building":
+        assert saved == []
+    else:
+        assert [(p["step"], p["validation_due"]) for p in saved] == [(1, True)]
+    result = assert_ok(run_trainer(argv, run, processes))
+    assert_same_run(assert_ok(run_trainer(argv, tmp_path / "whole", processes)), result, step=3)
+
+
 def test_a_signal_while_torch_is_imported_leaves_the_marker_and_exit_code_0(flags, tmp_path):
     marker = tmp_path / "preempted"
     process = start_command(command(flags, tmp_path / "run"), tmp_path / "log", PREEMPT_FILE=str(marker))
