@@ -119,8 +119,11 @@ class StopSignal:
         os._exit(0)
 
     def mark(self):
-        """Tells a batch script, by the file $PREEMPT_FILE, that the run was told to stop and wants to go on."""
-        if os.environ.get("PREEMPT_FILE") and self.number != signal.SIGINT:
+        """Tells a batch script, by the file $PREEMPT_FILE, that the run was told to stop and wants to go on.
+
+        The main process alone says so: launchers send SIGTERM to the others too when the main process has failed.
+        """
+        if os.environ.get("PREEMPT_FILE") and self.number != signal.SIGINT and os.environ.get("RANK", "0") == "0":
             Path(os.environ["PREEMPT_FILE"]).touch()
 
     def alive(self):
@@ -3128,7 +3131,7 @@ def make_run(args, accelerator, progress):
     index, mix, val_index = make_data(accelerator, args, progress.seed)
     leave_if_told(accelerator)
     law = make_law(args, accelerator, index, mix)
-    if progress.law:
+    if progress.law:  # before the models are loaded, which takes long, and once more when they are known
         check_law(progress.law, law, args.allow_batch_change)
 
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)

@@ -57,13 +57,10 @@ def note_first_step(path, module):
 
 def final_state(output_dir):
     """(tensors of adapters and optimizer by name, rows of metrics without times, best validation) at the end."""
-    import safetensors.torch
-    import torch
+    from test_checkpoints import tensors_of
 
     folder = output_dir / f"checkpoint-{STEPS}"
-    tensors = safetensors.torch.load_file(folder / "pytorch_lora_weights.safetensors")
-    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
-    tensors |= {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    tensors = tensors_of(folder)
     lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
     rows = [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in lines]
     return tensors, rows, json.loads((folder / "progress.json").read_text())["best"]

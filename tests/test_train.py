@@ -2,18 +2,15 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tarfile
-import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from harness import ROOT, SDXL, assert_ok, free_port, run_trainer
+from harness import SDXL, assert_ok, run_trainer
 from PIL import Image
 
 
@@ -82,13 +79,14 @@ def test_the_learning_rate_ends_at_zero_on_two_processes_with_accumulation(flags
     assert rates[-1] == pytest.approx(1e-3 * 0.067, rel=0.01)  # cosine at 5 / 6 of the decay
 
 
-def lose_a_number(step, rank, module):
+def lose_a_number(steps, rank, module):
+    """The loss of one rank is NaN in the given steps, of global batches of 4."""
     original = module.diffusion_loss
 
     def diffusion_loss(models, batch, *args, **kwargs):
         losses = original(models, batch, *args, **kwargs)
         mine = module.torch.distributed.get_rank() if module.torch.distributed.is_initialized() else 0
-        reached = batch["positions"][0] // 4 == step
+        reached = batch["positions"][0] // 4 in steps
         return losses * float("nan") if reached and mine == rank else losses
 
     module.diffusion_loss = diffusion_loss
@@ -96,7 +94,7 @@ def lose_a_number(step, rank, module):
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_names_step_and_samples(flags, tmp_path):
     argv = [*flags, "--checkpointing_steps", 2]
-    result = run_trainer(argv, tmp_path / "run", processes=2, setup=partial(lose_a_number, 2, 1), timeout=60)
+    result = run_trainer(argv, tmp_path / "run", processes=2, setup=partial(lose_a_number, (2,), 1), timeout=60)
     assert result.codes == [1, 1]
     for output in result.outputs:
         assert "loss is nan" in output and "at step 3, samples " in output
@@ -240,32 +238,6 @@ def test_a_picture_that_cannot_be_decoded_is_counted_by_its_reason_and_named_onc
     assert rows and len({row["key"] for row in rows}) == len(rows)
     assert last["skipped"] == last["skipped/cannot decode image"] >= len(rows)
     assert f"never trained on, listed in skipped.jsonl: {{'cannot decode image': {len(rows)}}}" in result.output
-
-
-@pytest.mark.slow
-def test_the_shipped_accelerate_config_starts_two_processes_and_forwards_sigterm(flags, tmp_path):
-    argv = [str(a) for a in [*flags, "--max_train_steps", 400, "--output_dir", tmp_path / "run"]]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "accelerate_configs/ddp.yaml",
-    ]
-    launch += ["--num_processes", "2", "--main_process_port", str(free_port()), ROOT / "train_sdxl_lora.py", *argv]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([str(word) for word in launch], env=env, stdout=log, stderr=log)
-        metrics = tmp_path / "run/metrics.jsonl"
-        deadline = time.time() + 180
-        while not (metrics.exists() and metrics.stat().st_size) and time.time() < deadline and process.poll() is None:
-            time.sleep(0.1)
-        process.terminate()
-        process.wait(60)
-    saved = [p.name for p in (tmp_path / "run").glob("checkpoint-*")]
-    assert len(saved) == 1, (tmp_path / "log").read_text()[-2000:]
-    law = json.loads((tmp_path / "run" / saved[0] / "progress.json").read_text())["law"]
-    assert law["global_batch"] == 4
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(flags, tmp_path):
