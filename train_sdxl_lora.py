@@ -63,29 +63,40 @@ class StopSignal:
 
     def __init__(self):
         self.number, self.since, self.sign_of_life = None, 0.0, 0.0
-        self.listening = self.begun = self.patient = False  # begun: there is a step to save; patient: no watchdog
+        self.begun = self.patient = False  # begun: there is a step to save; patient: no watchdog
+        self.writer, self.handlers = None, {}  # of the wakeup pipe; {signal: who handled it before}
 
     def __bool__(self):
         return self.number is not None
 
     def listen(self):
-        """Takes over this process's signals; called again, does nothing."""
-        if self.listening:
-            return
-        self.listening = True
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in self.NUMBERS:
-            signal.signal(number, lambda *_: None)
+        """Whether this call took over the process's signals: False when one before it did."""
+        if self.writer is not None:
+            return False
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in self.NUMBERS}
         threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
+        return True
+
+    def release(self):
+        """Gives the signals back to the program that called main()."""
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.writer)  # ends the thread
+        self.__init__()
 
     def watch(self, reader):
         launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
         launcher = os.getppid()
         while True:
             ready, _, _ = select.select([reader], [], [], 0.5)
-            for number in os.read(reader, 64) if ready else b"":
+            received = os.read(reader, 64) if ready else b""
+            if ready and not received:
+                return os.close(reader)
+            for number in received:
                 if number in self.NUMBERS:
                     self.receive(number)
             if launched and os.getppid() != launcher and not self:
@@ -158,10 +169,17 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image, ImageDraw, ImageOps
@@ -172,6 +190,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from webdataset.shardlists import expand_urls
 
 UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is taken when classes are balanced
+AESTHETIC_SCORE = 6.0  # of an image without one: what the stock refiner pipeline gives every picture
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused from their header: PIL's own limit against bombs
 MAX_OPEN_FILES = 16  # shards, or images of a folder, that a worker keeps open
@@ -188,6 +207,7 @@ SAVE_PAUSE = 2.0
 LOCK_SECONDS = 3  # that a run waits for the output_dir of one that is just ending
 MAX_NONFINITE_STEPS = 30  # in a row, after which skipping them is hopeless: fp16's scale is then below 2^-14
 BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as SDXL was trained (arXiv:2307.01952, app. I)
+TIME_IDS = {"base": 6, "refiner": 5}  # numbers beside the caption that a UNet is told; make_time_ids
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
@@ -252,7 +272,8 @@ def add_model_arguments(parser):
     add("--revision", metavar="REV", help="hub revision of the snapshot")
     add("--variant", metavar="NAME", help="weight file variant of the snapshot, say fp16")
     add("--stage", choices=["base", "refiner"], default="base", help="which UNet is trained")
-    add("--refiner_unet", metavar="PATH|ID", help="refiner UNet: its folder, a snapshot with unet/, or a hub id")
+    add("--refiner_unet", metavar="PATH|ID", 
+        help="refiner: the UNet it trains: its folder, a snapshot with unet/, or a hub id")
     add("--text_encoder_2_lora", metavar="FILE",
         help="refiner: base-stage LoRA whose text_encoder_2 part is merged first")
     add("--rank", type=int, default=4, metavar="R", help="LoRA rank on the UNet")
@@ -307,6 +328,10 @@ def add_data_arguments(parser):
     add("--species_mix", nargs=3, type=float, default=[0.2, 0.95, 6000], metavar=("START", "END", "STEPS"),
         help="classes are drawn from (1 - m) uniform + m data distribution, with m going from START to END in STEPS")
     add("--species_mix_schedule", choices=["linear", "cosine"], default="linear", help="how m goes from START to END")
+    add("--aesthetic_key", default="ae_aesthetic", metavar="NAME",
+        help="refiner: field of the samples' JSON with their aesthetic score")
+    add("--aesthetic_scale", type=float, default=10.0, metavar="X",
+        help="refiner: the score is the field divided by X, clipped to 1-10; 6 without the field")
     add("--train_batch_size", type=int, default=16, metavar="N", help="images per device and micro-step")
     add("--dataloader_num_workers", type=int, metavar="N",
         help="image-decoding processes per device; by the machine's cores by default")
@@ -334,7 +359,7 @@ def add_loss_arguments(parser):
     add("--noise_offset", type=float, default=0.0, metavar="X",
         help="strength of noise that is constant over a channel")
     add("--refiner_timestep_band", nargs=2, type=int, default=[0, 200], metavar=("LOW", "HIGH"),
-        help="timesteps of the refiner, both included")
+        help="refiner: timesteps it is trained on, both included")
 
 
 def add_optimizer_arguments(parser):
@@ -389,6 +414,10 @@ def add_validation_arguments(parser):
     add("--validation_steps", type=int, metavar="STEPS", help="validate every so often, and at the end")
     add("--validation_epochs", type=int, default=1, metavar="N",
         help="the same in passes over the data, without --validation_steps")
+    add("--validation_base_lora", metavar="FILE",
+        help="refiner: LoRA of the base model, which begins the sample pictures")
+    add("--denoising_start", type=float, default=0.8, metavar="P",
+        help="refiner: share of the denoising steps that the base model makes of a sample picture")
     add("--val_max_batches", type=int, metavar="N", help="stop the validation loss after N batches")
 
 
@@ -532,9 +561,6 @@ def default_workers(local_world):
 def check_not_yet(parser, args):
     """Ends with one line for flags whose work is planned but not done."""
     planned = {
-        "--stage refiner": args.stage == "refiner",
-        "--refiner_unet": args.refiner_unet,
-        "--text_encoder_2_lora": args.text_encoder_2_lora,
         "--cache_latents": args.cache_latents,
         "--cache_text_embeddings": args.cache_text_embeddings,
         "--compile": args.compile,
@@ -551,12 +577,13 @@ def check_values(parser, args):
     positive = (
         "rank lora_alpha text_encoder_rank text_encoder_alpha resolution train_batch_size gradient_accumulation_steps "
         "num_train_epochs max_train_steps max_train_samples checkpointing_steps checkpoints_total_limit logging_steps "
-        "validation_steps validation_epochs num_validation_images val_max_batches"
+        "validation_steps validation_epochs num_validation_images val_max_batches aesthetic_scale"
     )
     for name in positive.split():
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
-    for name in ("lora_dropout", "caption_dropout_rate", "max_bad_fraction", "adam_beta1", "adam_beta2"):
+    shares = "lora_dropout caption_dropout_rate max_bad_fraction adam_beta1 adam_beta2 denoising_start"
+    for name in shares.split():
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name}: found {getattr(args, name)}; expected a share between 0 and 1")
     not_negative = (
@@ -592,6 +619,30 @@ def check_values(parser, args):
         parser.error(f"--train_shards, --train_data_dir or --dataset_name: found {found}; give exactly one")
 
 
+def check_stage(parser, args):
+    """Ends with one line for flags that contradict --stage."""
+    if args.stage == "base":
+        for name in ("refiner_unet", "text_encoder_2_lora", "validation_base_lora"):
+            if getattr(args, name):
+                parser.error(f"--{name}: found with --stage base; give --stage refiner or leave it out")
+        return
+    if not args.refiner_unet:
+        parser.error("--refiner_unet: missing; --stage refiner trains the UNet that it names")
+    if args.train_text_encoder:
+        parser.error(
+            "--train_text_encoder: the refiner's encoder is frozen; train it with --stage base and give that LoRA "
+            "to --text_encoder_2_lora"
+        )
+    if args.snr_gamma:
+        parser.error(
+            f"--snr_gamma: found {args.snr_gamma}; the refiner takes 0: in its band min-SNR would weigh all by next "
+            "to nothing (the noise there is weak)"
+        )
+    low, high = args.refiner_timestep_band
+    if not 0 <= low <= high:
+        parser.error(f"--refiner_timestep_band: found {low} {high}; expected 0 <= LOW <= HIGH")
+
+
 def looks_like_path(name):
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
@@ -618,6 +669,13 @@ def check_paths(parser, args):
             check()
         except (OSError, ValueError) as error:
             parser.error(f"--{name}: {error}")
+    unet = Path(args.refiner_unet or ".").expanduser()
+    configs = (unet / "config.json", unet / "unet/config.json")
+    if args.refiner_unet and looks_like_path(args.refiner_unet) and not any(file.is_file() for file in configs):
+        parser.error(f"--refiner_unet: no UNet in {unet}; expected config.json there or in its unet/")
+    for name in ("text_encoder_2_lora", "validation_base_lora"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            parser.error(f"--{name}: no file {getattr(args, name)}; give a LoRA of the base stage, .safetensors")
     if args.train_data_dir and not Path(args.train_data_dir).is_dir():
         parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
@@ -638,11 +696,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_not_yet(parser, args)
     check_values(parser, args)
+    check_stage(parser, args)
     check_paths(parser, args)
-    args.crop = args.crop or ("center" if args.center_crop else "random_ar")
+    refiner = args.stage == "refiner"
+    args.crop = args.crop or ("center" if args.center_crop or refiner else "random_ar")
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
-    args.dropped_caption = args.dropped_caption or "zeros"
-    args.snr_gamma = 5.0 if args.snr_gamma is None else args.snr_gamma
+    args.dropped_caption = args.dropped_caption or ("empty" if refiner else "zeros")
+    if args.snr_gamma is None:
+        args.snr_gamma = 0.0 if refiner else 5.0
     if args.dataloader_num_workers is None:
         args.dataloader_num_workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.lora_alpha = args.lora_alpha or float(args.rank)
@@ -658,7 +719,10 @@ def parse_args(argv=None):
 
 @dataclass
 class Models:
-    """The snapshot's parts; lists run over (text_encoder, text_encoder_2). Only adapters ever train."""
+    """What a stage trains and what it needs for that; only adapters ever train.
+
+    The lists run over (text_encoder, text_encoder_2); the refiner reads the second alone.
+    """
 
     tokenizers: list
     text_encoders: list
@@ -666,7 +730,10 @@ class Models:
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     sampling_scheduler: diffusers.SchedulerMixin
+    timestep_band: tuple  # (lowest, highest) that is trained on
+    stage: str = "base"
     caption_chunks: int = 1  # pieces of 75 tokens that every caption is encoded in
+    base_pipeline: StableDiffusionXLPipeline | None = None  # begins the refiner's sample pictures; waits on the CPU
 
 
 def weight_dtype_of(precision):
@@ -674,50 +741,125 @@ def weight_dtype_of(precision):
     return {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
+    """What `loader` makes of the folder named by `flag`. Errors: InputError naming it when that does not load."""
+    path = getattr(args, flag.removeprefix("--"))
+    if flag != "--refiner_unet":
+        options["revision"] = args.revision
+    try:
+        return loader(path, subfolder=subfolder, cache_dir=args.cache_dir, **options)
+    except Exception as error:  # libraries raise what they like for a torn or empty file
+        raise InputError(f"{flag}: cannot load {subfolder or 'the model'} of {path}: {error}") from error
+
+
+def load_unet(args, text_encoders, weight_dtype, weights):
+    """The UNet of --stage, without its `weights` on the meta device. Errors: InputError for one of another kind."""
+    flag, subfolder = "--pretrained_model_name_or_path", "unet"
+    if args.stage == "refiner":
+        flag = "--refiner_unet"
+        subfolder = None if (Path(args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
+    config = load_part(args, UNet2DConditionModel.load_config, subfolder, flag)
+    time_ids = TIME_IDS[args.stage] * config.get("addition_time_embed_dim", 0)
+    expected = {
+        "cross_attention_dim": sum(encoder.config.hidden_size for encoder in text_encoders),
+        "projection_class_embeddings_input_dim": text_encoders[-1].config.projection_dim + time_ids,
+    }
+    for name, value in expected.items():
+        if config.get(name) != value:
+            found = f"{name} of {getattr(args, flag.removeprefix('--'))} is {config.get(name)}"
+            raise InputError(f"{flag}: {found}; a {args.stage} UNet for this snapshot has {value}")
+    if weights:
+        options = {"dtype": weight_dtype, "variant": args.variant}
+        return load_part(args, UNet2DConditionModel.from_pretrained, subfolder, flag, **options)
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config).to(weight_dtype)
+
+
+def merge_text_encoder_2_lora(text_encoder_2, path):
+    """Adds the text_encoder_2 part of a base-stage LoRA, diffusers' or kohya's format, to the encoder's weights.
+
+    Errors: InputError when the file does not load, fit or have such a part.
+    """
+    flag, loader = "--text_encoder_2_lora", StableDiffusionXLPipeline
+    try:
+        state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            if any(name.endswith("dora_scale") for name in names):
+                raise ValueError("diffusers cannot read DoRA in kohya's format; give the file in diffusers' format")
+        if not any(key.startswith("text_encoder_2.") for key in state):
+            raise ValueError("it has no text_encoder_2 part; train the base with --train_text_encoder")
+        loader.load_lora_into_text_encoder(state, alphas, text_encoder_2, "text_encoder_2", metadata=metadata)
+    except Exception as error:  # libraries raise what they like for a torn or foreign file
+        raise InputError(f"{flag}: {path}: {' '.join(str(error).split())[:300]}") from error
+    for module in text_encoder_2.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    recurse_remove_peft_layers(text_encoder_2)
+
+
 def load_models(args, weight_dtype, device, unet_weights=True):
-    """Models of the base stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
+    """Models of --stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
 
     Without `unet_weights` the UNet is made from its configuration on the meta device. Errors: InputError naming the
     flag when a part does not load.
     """
-
-    def load(loader, subfolder, flag="--pretrained_model_name_or_path", **options):
-        path = getattr(args, flag.removeprefix("--"))
-        try:
-            return loader(path, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **options)
-        except Exception as error:  # libraries raise what they like for a torn or empty file
-            raise InputError(f"{flag}: cannot load {subfolder or 'the VAE'} of {path}: {error}") from error
-
-    def load_frozen(model_class, subfolder, dtype=weight_dtype, **options):
-        model = load(model_class.from_pretrained, subfolder, dtype=dtype, variant=args.variant, **options)
-        return model.requires_grad_(False).eval().to(device)
-
-    def make_unet_without_weights():
-        config = load(UNet2DConditionModel.load_config, "unet")
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config).requires_grad_(False).to(weight_dtype)
-
-    tokenizers = [load(CLIPTokenizer.from_pretrained, name) for name in ("tokenizer", "tokenizer_2")]
+    flag = "--pretrained_model_name_or_path"
+    suffixes = ("", "_2") if args.stage == "base" else ("_2",)
+    tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
-        raise InputError(
-            f"--pretrained_model_name_or_path: a tokenizer of {args.pretrained_model_name_or_path} has no vocabulary"
-        )
-    other_vae = {"flag": "--pretrained_vae_model_name_or_path"} if args.pretrained_vae_model_name_or_path else {}
-    vae = load_frozen(AutoencoderKL, None if other_vae else "vae", weight_dtype_of(args.vae_precision), **other_vae)
-    config = load(DDPMScheduler.load_config, "scheduler")
+        raise InputError(f"{flag}: a tokenizer of {args.pretrained_model_name_or_path} has no vocabulary")
+    classes, text_encoders = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}, []
+    for suffix in suffixes:
+        merges = bool(args.text_encoder_2_lora)  # in fp32, so that the sum alone is rounded
+        options = {"dtype": torch.float32 if merges else weight_dtype, "variant": args.variant}
+        encoder = load_part(args, classes[suffix].from_pretrained, f"text_encoder{suffix}", **options)
+        if merges:
+            merge_text_encoder_2_lora(encoder, args.text_encoder_2_lora)
+        text_encoders.append(encoder.to(weight_dtype))
+    unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
+    subfolder = "vae"
+    if args.pretrained_vae_model_name_or_path:
+        flag, subfolder = "--pretrained_vae_model_name_or_path", None
+    options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
+    vae = load_part(args, AutoencoderKL.from_pretrained, subfolder, flag, **options)
+    for model in (vae, *text_encoders, *([unet] if unet_weights else [])):
+        model.to(device)
+    for model in (vae, unet, *text_encoders):
+        model.requires_grad_(False).eval()
+    config = load_part(args, DDPMScheduler.load_config, "scheduler")
     if args.prediction_type:
         config["prediction_type"] = args.prediction_type
+    noise_scheduler = DDPMScheduler.from_config(config)  # whatever the snapshot samples with, on the same betas
+    last = noise_scheduler.config.num_train_timesteps - 1
+    low, high = (0, last) if args.stage == "base" else args.refiner_timestep_band
+    if high > last:
+        raise InputError(f"--refiner_timestep_band: found {low} {high}; the snapshot's last timestep is {last}")
     return Models(
         tokenizers=tokenizers,
-        text_encoders=[
-            load_frozen(CLIPTextModel, "text_encoder"),
-            load_frozen(CLIPTextModelWithProjection, "text_encoder_2"),
-        ],
+        text_encoders=text_encoders,
         vae=vae.to(memory_format=torch.channels_last),  # its convolutions take a third less time
-        unet=load_frozen(UNet2DConditionModel, "unet") if unet_weights else make_unet_without_weights(),
-        noise_scheduler=DDPMScheduler.from_config(config),  # whatever the snapshot samples with, on the same betas
+        unet=unet,
+        noise_scheduler=noise_scheduler,
         sampling_scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
+        timestep_band=(low, high),
+        stage=args.stage,
     )
+
+
+def load_base_pipeline(args, models, weight_dtype):
+    """The base model with --validation_base_lora, on the CPU, to begin the refiner's sample pictures."""
+    options = {"dtype": weight_dtype, "variant": args.variant, "vae": None, "add_watermarker": False}
+    pipeline = load_part(args, StableDiffusionXLPipeline.from_pretrained, None, **options)
+    pipeline.register_modules(scheduler=models.sampling_scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    if args.validation_base_lora:
+        try:
+            pipeline.load_lora_weights(args.validation_base_lora, use_safetensors=True)
+        except Exception as error:  # as above
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"--validation_base_lora: {args.validation_base_lora}: {reason}") from error
+    return pipeline
 
 
 class CastLinear(torch.nn.Linear):
@@ -1073,7 +1215,7 @@ def measure_image(head, read_all=None):
         raise ValueError(f"cannot decode image: {error}") from None
 
 
-def index_sample(shard, key, members, species_key):
+def index_sample(shard, key, members, species_key, aesthetic_key):
     """The index row of one sample. Errors: ValueError with what is damaged."""
 
     def content(extension):
@@ -1113,14 +1255,14 @@ def index_sample(shard, key, members, species_key):
         "labels": read_labels(metadata, species_key),
         "width": width,
         "height": height,
-        "score": number_or_none(metadata.get("ae_aesthetic")),
+        "score": number_or_none(metadata.get(aesthetic_key)),
         "path": shard.path,
         "offset": offset,
         "size": size,
     }
 
 
-def index_shard(shard, species_key):
+def index_shard(shard, species_key, aesthetic_key="ae_aesthetic"):
     """(rows, damage) of a Shard: index rows, and [{"shard", "key", "reason"}] of what cannot be used."""
     rows, damage, seen = [], [], set()
 
@@ -1133,19 +1275,20 @@ def index_shard(shard, species_key):
             continue
         seen.add(key)
         try:
-            rows.append(index_sample(shard, key, members, species_key))
+            rows.append(index_sample(shard, key, members, species_key, aesthetic_key))
         except ValueError as error:
             report(str(error), key)
     return rows, damage
 
 
-def cached_index_shard(path, species_key, cache_dir):
+def cached_index_shard(path, cache_dir, species_key, aesthetic_key="ae_aesthetic"):
     """Index table of one shard, from the cache when its stamp is the shard's; damage and stamp are in its metadata."""
     shard = Shard(path, cache_dir.parent)
     name = path if is_remote(path) else os.path.abspath(path)
-    cached = cache_dir / f"{hash_text(f'{INDEX_VERSION} {name} {shard.stamp} {species_key}'):016x}.parquet"
+    read = f"{INDEX_VERSION} {name} {shard.stamp} {species_key} {aesthetic_key}"
+    cached = cache_dir / f"{hash_text(read):016x}.parquet"
     if not cached.exists():
-        rows, damage = index_shard(shard, species_key)
+        rows, damage = index_shard(shard, species_key, aesthetic_key)
         notes = {"damage": json.dumps(damage), "stamp": json.dumps({path: shard.stamp})}
         table = pa.Table.from_pylist(rows, INDEX_SCHEMA).replace_schema_metadata(notes)
         partial = cached.with_suffix(f".{os.getpid()}.tmp")
@@ -1202,7 +1345,7 @@ def index_dataset(table, args):
             continue
         rows.append(
             {"key": name, "image_id": str(row.get("image_id") or name), "caption": str(caption).strip()}
-            | {"labels": labels, "score": number_or_none(row.get("ae_aesthetic"))}
+            | {"labels": labels, "score": number_or_none(row.get(args.aesthetic_key))}
             | {"width": width, "height": height}
             | place
         )
@@ -1249,8 +1392,9 @@ class Index:
         return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
     def fingerprint(self):
-        """Hex digest of what training sees: ids, captions and labels, whatever the shards' paths and order."""
-        rows = zip(*(self.table.column(name).to_pylist() for name in ("image_id", "caption", "labels")))
+        """Hex digest of what training sees beside the pixels, whatever the shards' paths and order."""
+        seen = ("image_id", "caption", "labels", "score")
+        rows = zip(*(self.table.column(name).to_pylist() for name in seen))
         digest = np.bitwise_xor.reduce([np.uint64(hash_text(repr(row))) for row in rows])
         return f"{len(self)}-{int(digest):016x}"
 
@@ -1313,18 +1457,19 @@ def index_shards(accelerator, args, flag):
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
+    fields = (args.species_key, args.aesthetic_key)
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, shards)) else 1) as pool:
 
         def index(path):
-            return None if stop else cached_index_shard(path, args.species_key, cache_dir)
+            return None if stop else cached_index_shard(path, cache_dir, *fields)
 
         try:
             quiet = not accelerator.is_main_process
             bar = tqdm(pool.map(index, mine), f"index of {flag}", len(mine), leave=False, unit="shard", disable=quiet)
             deque(bar, maxlen=0)
             leave_if_told(accelerator)
-            tables = [cached_index_shard(path, args.species_key, cache_dir) for path in shards]
+            tables = [cached_index_shard(path, cache_dir, *fields) for path in shards]
         except OSError as error:
             raise InputError(f"{flag}: {error}") from error
     damage = [d for t in tables for d in json.loads(t.schema.metadata[b"damage"])]
@@ -1570,13 +1715,21 @@ def resize_to_cover(image, bucket, interpolation):
     return image if size == image.size else image.resize(size, interpolation)
 
 
+def scale_aesthetic(value, scale):
+    """Aesthetic score in 1 to 10 of a sample whose field holds `value`, or None."""
+    return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
+
+
 class ImageDataset(Dataset):
     """Decoded, cropped samples; an item is asked for by (row, label, step, position in the global order)."""
 
-    def __init__(self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None):
+    def __init__(
+        self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None, aesthetic_scale=10.0
+    ):
         self.index, self.seed, self.resolution = index, seed, resolution
         self.bucket_sizes = index.bucket_sizes or [(resolution, resolution)]
         self.crop, self.random_flip, self.cache_dir = crop, random_flip, cache_dir
+        self.aesthetic_scale = aesthetic_scale
         self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
         self.shards = {}  # (process, path) → Shard
 
@@ -1649,7 +1802,7 @@ class ImageDataset(Dataset):
             "original_sizes": original_size,
             "crop_top_lefts": (top, left),
             "target_sizes": bucket,
-            "aesthetic_scores": 6.0 if row["score"] is None else min(max(row["score"] / 10, 1.0), 10.0),
+            "aesthetic_scores": scale_aesthetic(row["score"], self.aesthetic_scale),
             "species": self.index.label_names[label] if label >= 0 else None,
             "keys": row["key"],
             "sample_seeds": torch_seed(SAMPLE, self.seed, position),
@@ -1751,12 +1904,13 @@ def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
     )
 
 
-def make_time_ids(original_sizes, crop_top_lefts, target_sizes):
-    """(B, 6) float32 add_time_ids from three (B, 2) tensors of (height, width) and (top, left).
+def make_time_ids(*parts):
+    """(B, 6) float32 add_time_ids of original_sizes, crop_top_lefts, target_sizes, each (B, 2): (height, width).
 
-    SDXL, arXiv:2307.01952, sec. 2.2. float32 always: in bf16 a side of 1365 px would become 1368.
+    The refiner's are (B, 5): its last part is aesthetic_scores (B, 1). SDXL, arXiv:2307.01952, sec. 2.2. float32
+    always: in bf16 a side of 1365 px would become 1368.
     """
-    return torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1).float()
+    return torch.cat(parts, dim=1).float()
 
 
 # ------------------------------------------------------------------------------
@@ -1764,14 +1918,14 @@ def make_time_ids(original_sizes, crop_top_lefts, target_sizes):
 # ------------------------------------------------------------------------------
 
 
-# Seam: timesteps and noise. Contract: timesteps (B,) int64 below the scheduler's length; noise like the latents; all
-# from the samples' own seeds, so that the draw is the same on any number of processes.
-def sample_noise(sample_seeds, latent_shape, num_train_timesteps, noise_offset=0.0):
+# Seam: timesteps and noise. Contract: timesteps (B,) int64 within the band, both ends included; noise like the
+# latents; all from the samples' own seeds, so that the draw is the same on any number of processes.
+def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
     """Per sample, from its seed: vae_noise and noise (B, *latent_shape), timesteps (B,) int64, caption_draws (B,)."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
-        draws["timesteps"].append(torch.randint(num_train_timesteps, (), generator=generator))
+        draws["timesteps"].append(torch.randint(timestep_band[0], timestep_band[1] + 1, (), generator=generator))
         draws["caption_draws"].append(torch.rand((), generator=generator))
         draws["vae_noise"].append(torch.randn(latent_shape, generator=generator))
         noise = torch.randn(latent_shape, generator=generator)
@@ -1786,7 +1940,7 @@ def sample_batch_noise(models, batch, noise_offset):
         side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in batch["pixel_values"].shape[-2:]
     )
     shape = (models.vae.config.latent_channels, height, width)
-    return sample_noise(batch["sample_seeds"], shape, models.noise_scheduler.config.num_train_timesteps, noise_offset)
+    return sample_noise(batch["sample_seeds"], shape, models.timestep_band, noise_offset)
 
 
 def encode_latents(vae, pixel_values, vae_noise):
@@ -1825,7 +1979,8 @@ def diffusion_loss(
         prompt_embeds, pooled_prompt_embeds = prompt_embeds[:-1], pooled_prompt_embeds[:-1]
     dropped = draws["caption_draws"].to(device) < caption_dropout_rate
     prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
-    time_ids = make_time_ids(batch["original_sizes"], batch["crop_top_lefts"], batch["target_sizes"])
+    last = batch["aesthetic_scores"][:, None] if models.stage == "refiner" else batch["target_sizes"]
+    time_ids = make_time_ids(batch["original_sizes"], batch["crop_top_lefts"], last)
 
     model_pred = models.unet(
         noisy_latents.to(weight_dtype),
@@ -1890,12 +2045,12 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder
 # Flags that change what is learned: they must be the same when a run is resumed. All others may differ, and are listed
 # when they do. What the data, the base model and the batch are is compared itself, not the flags that say where.
 MATHEMATICS = """
-    stage rank lora_alpha lora_dropout lora_target_modules use_dora use_rslora train_text_encoder text_encoder_rank
-    text_encoder_alpha vae_precision max_train_samples resolution crop random_flip image_interpolation_mode species_key
-    species_choice species_mix species_mix_schedule caption_dropout_rate dropped_caption long_captions snr_gamma
-    prediction_type base_precision refiner_timestep_band
-    noise_offset optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps adam_beta1
-    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    stage aesthetic_key aesthetic_scale refiner_timestep_band rank lora_alpha lora_dropout lora_target_modules
+    use_dora use_rslora train_text_encoder text_encoder_rank text_encoder_alpha vae_precision max_train_samples
+    resolution crop random_flip image_interpolation_mode species_key species_choice species_mix
+    species_mix_schedule caption_dropout_rate dropped_caption long_captions snr_gamma prediction_type
+    base_precision noise_offset optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps
+    adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 
 
@@ -2018,11 +2173,11 @@ def kohya_state_dict(trained):
     return state
 
 
-def kohya_metadata(trained):
+def kohya_metadata(trained, stage):
     config = trained["unet"].peft_config["default"]
     return {
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": f"stable-diffusion-xl-v1-{stage}/lora",
+        "ss_base_model_version": f"sdxl_{stage}_v1-0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
@@ -2048,20 +2203,20 @@ def write_safetensors(path, tensors, metadata):
     write_file(path, len(header).to_bytes(8, "little") + header + raw[8 + size :])
 
 
-def save_lora(trained, folder):
+def save_lora(trained, folder, stage):
     """Both LoRA files of the unwrapped `trained` models, by name."""
     adapters = json.dumps(adapter_metadata(trained), sort_keys=True)
     write_safetensors(Path(folder) / LORA_FILE, adapter_state_dict(trained), {"lora_adapter_metadata": adapters})
-    write_safetensors(Path(folder) / KOHYA_FILE, kohya_state_dict(trained), kohya_metadata(trained))
+    write_safetensors(Path(folder) / KOHYA_FILE, kohya_state_dict(trained), kohya_metadata(trained, stage))
 
 
-def register_adapter_hooks(accelerator, trained):
+def register_adapter_hooks(accelerator, trained, stage):
     """Makes accelerator.save_state and load_state keep adapters only: the LoRA file is the adapters' checkpoint."""
 
     def save_hook(_models, weights, folder):
         weights.clear()
         if accelerator.is_main_process:
-            save_lora(trained, folder)
+            save_lora(trained, folder, stage)
 
     def load_hook(prepared, folder):
         prepared.clear()
@@ -2155,12 +2310,13 @@ def save_checkpoint(accelerator, output_dir, progress, keep=None, attempts=1):
     return fault is None
 
 
-def rescue_lora(accelerator, trained, output_dir, step):
+def rescue_lora(accelerator, trained, args, step):
     """Writes the LoRA files elsewhere, output_dir being full. Errors: TrainingError on every rank, saying where."""
-    message = f"--output_dir: {output_dir} is full: checkpoint-{step} was not written, those before it stand; "
+    message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, those before it stand; "
     if accelerator.is_main_process:
         folder = tempfile.mkdtemp(prefix=f"lora-step-{step}-")
-        fault = fault_of(lambda: save_lora({n: accelerator.unwrap_model(m) for n, m in trained.items()}, folder))
+        unwrapped = {name: accelerator.unwrap_model(model) for name, model in trained.items()}
+        fault = fault_of(lambda: save_lora(unwrapped, folder, args.stage))
         message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
     raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
 
@@ -2372,33 +2528,38 @@ def stock_forward(*modules):
             module.forward = forward
 
 
-def generate_images(models, prompts, seeds, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS):
-    """(n, H, W, 3) float in [0, 1]: a picture per (prompt, seed) by the stock pipeline and the snapshot's sampler.
-
-    Each is made alone from CPU noise, so it is the one that diffusers makes from the saved file with that seed.
-    """
-    pipeline = StableDiffusionXLPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoders[0],
-        text_encoder_2=models.text_encoders[1],
-        tokenizer=models.tokenizers[0],
-        tokenizer_2=models.tokenizers[1],
-        unet=models.unet,
-        scheduler=models.sampling_scheduler,
-        add_watermarker=False,
-    )
+def make_pipeline(models):
+    """The stock pipeline of the stage around `models`, with the snapshot's sampler."""
+    parts = {"vae": models.vae, "unet": models.unet, "scheduler": models.sampling_scheduler, "add_watermarker": False}
+    parts |= {"text_encoder_2": models.text_encoders[-1], "tokenizer_2": models.tokenizers[-1]}
+    if models.stage == "base":
+        parts |= {"text_encoder": models.text_encoders[0], "tokenizer": models.tokenizers[0]}
+        pipeline = StableDiffusionXLPipeline(**parts)
+    else:  # as the refiner's own snapshot says
+        parts |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+        pipeline = StableDiffusionXLImg2ImgPipeline(text_encoder=None, tokenizer=None, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    images = []
+    return pipeline
+
+
+def generate_images(models, prompts, seeds, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
+    """(n, H, W, 3) float in [0, 1]: a picture per (prompt, seed) by the stock pipelines and the snapshot's sampler.
+
+    Each is made alone from CPU noise, so it is the one that diffusers makes from the saved file with that seed. In
+    the refiner stage the base model makes the first `switch_at` of the steps, as users run the two.
+    """
+    pipeline, images = make_pipeline(models), []
     with evaluating(models), stock_forward(models.unet, *models.text_encoders):
         for prompt, seed in zip(prompts, seeds):
-            latents = pipeline(
-                prompt,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=num_inference_steps,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
-            ).images
+            options = {"num_inference_steps": num_inference_steps, "output_type": "latent"}
+            options["generator"] = torch.Generator().manual_seed(seed)
+            if models.stage == "base":
+                latents = pipeline(prompt, height=resolution, width=resolution, **options).images
+            else:
+                base = models.base_pipeline.to(models.unet.device)
+                latents = base(prompt, height=resolution, width=resolution, denoising_end=switch_at, **options).images
+                base.to("cpu")  # the training step needs the room
+                latents = pipeline(prompt, image=latents, denoising_start=switch_at, **options).images
             pixels = models.vae.decode((latents / models.vae.config.scaling_factor).to(models.vae.dtype)).sample
             images.append(VaeImageProcessor().postprocess(pixels.float(), output_type="np")[0])
     return np.stack(images)
@@ -2424,7 +2585,8 @@ def save_samples(accelerator, models, args, seed, step):
     for first in range(0, len(jobs), world):
         leave_if_told(accelerator)
         for number, (prompt, seed_) in list(enumerate(jobs))[first : first + world][rank : rank + 1]:
-            picture = generate_images(unwrap(accelerator, models), [prompt], [seed_], args.resolution)[0]
+            look = {"resolution": args.resolution, "switch_at": args.denoising_start}
+            picture = generate_images(unwrap(accelerator, models), [prompt], [seed_], **look)[0]
             numbered.append((number, (picture * 255).round().astype(np.uint8)))
     ordered = [image for _, image in sorted(gather_object(numbered), key=lambda pair: pair[0])]
     if not accelerator.is_main_process:
@@ -2493,7 +2655,7 @@ class MetaAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def count_unet(unet, resolution, chunks):
+def count_unet(unet, resolution, chunks, stage="base"):
     """(FLOP, bytes kept for the backward) of one image forward and backward through a UNet on the meta device."""
     config, dtype, kept = unet.config, unet.dtype, {}
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -2507,12 +2669,13 @@ def count_unet(unet, resolution, chunks):
     def attention(query, key, value, **options):
         return MetaAttention.apply(query, key, value)
 
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    time_ids = TIME_IDS[stage]
+    pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
     side, MetaAttention.flop = resolution // 8, 0
     with torch.device("meta"):
         latents = torch.empty(1, config.in_channels, side, side, dtype=dtype)
         prompt_embeds = torch.empty(1, 77 * chunks, config.cross_attention_dim, dtype=dtype)
-        conditions = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6)}
+        conditions = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, time_ids)}
         timesteps = torch.empty(1)
     counter = FlopCounterMode(display=False)
     with counter, mock.patch.object(F, "scaled_dot_product_attention", attention):
@@ -2546,7 +2709,7 @@ def measure_matmul(device, dtype):
 
 def estimate_resources(args, models, trained, device, images):
     """Memory of a device in bytes, part by part, and the seconds that training on `images` takes at the very least."""
-    flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks)
+    flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     flop += count_vae(models.vae, args.resolution)
     parts = [models.unet, models.vae, *models.text_encoders]
     masters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
@@ -2571,6 +2734,8 @@ def describe_data(dataset, plan, steps, caption_tokens):
     cut = 1 - scales.min(axis=1) / scales.max(axis=1)
     species = zip(mix.names, plan.arrivals[:, :-1].sum(axis=0), mix.data, mix.target(0), mix.target(last))
     counts = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
+    fields = index.table.column("score").to_pylist()
+    scores = Counter(int(scale_aesthetic(value, dataset.aesthetic_scale)) for value in fields if value is not None)
     buckets = zip(dataset.bucket_sizes, counts, plan.bucket_weights(0), plan.bucket_weights(last))
     return {
         "images": len(index),
@@ -2587,6 +2752,8 @@ def describe_data(dataset, plan, steps, caption_tokens):
         ],
         "cut_off": {"median": float(np.median(cut)), "most": float(cut.max())},
         "scaled_up": {"images": int((scales.max(axis=1) > 1).sum()), "most": float(scales.max())},
+        "aesthetic_scores": {f"{n} to {n + 1}": scores[n] + (scores[10] if n == 9 else 0) for n in range(1, 10)}
+        | {"none": fields.count(None)},
         "caption_tokens": {f"{p}%": int(np.percentile(caption_tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
         "captions_over_75_tokens": int((np.array(caption_tokens) > 75).sum()),
     }
@@ -2829,7 +2996,7 @@ def save_or_rescue(run, last):
     attempts = SAVE_ATTEMPTS if last else 1
     saved = save_checkpoint(run.accelerator, args.output_dir, progress, args.checkpoints_total_limit, attempts)
     if last and not saved:
-        rescue_lora(run.accelerator, run.trained, args.output_dir, progress.step)
+        rescue_lora(run.accelerator, run.trained, args, progress.step)
 
 
 def train(run):
@@ -2970,6 +3137,17 @@ def explained(args):
         raise TrainingError(f"another process of this run is gone: {logs} of it says why; {resume}") from error
 
 
+@contextmanager
+def stop_signals():
+    """Signals mean "save and leave"; those of a program that called main() are its own again afterwards."""
+    taken = stop.listen()
+    try:
+        yield
+    finally:
+        if taken:
+            stop.release()
+
+
 def prepare_output_dir(accelerator, args):
     """Makes output_dir and starts this rank's log in it. Errors: InputError when nothing can be written there."""
     output_dir = Path(args.output_dir)
@@ -3092,17 +3270,20 @@ def save_model_card(args, metrics, index):
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
     picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
     flags = "\n".join(f"  {k}: {getattr(args, k)}" for k in MATHEMATICS)
+    base_model, pipeline = args.pretrained_model_name_or_path, "StableDiffusionXLPipeline"
+    if args.stage == "refiner":
+        base_model, pipeline = args.refiner_unet, "StableDiffusionXLImg2ImgPipeline"
     card = f"""---
-base_model: {args.pretrained_model_name_or_path}
+base_model: {base_model}
 library_name: diffusers
 tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 ---
-# LoRA for {args.pretrained_model_name_or_path}
+# LoRA for {base_model}
 
 {picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.
 
 ```python
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
+pipeline = {pipeline}.from_pretrained("{base_model}")
 pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 ```
 
@@ -3148,9 +3329,11 @@ def make_run(args, accelerator, progress):
         for changed in differences(progress.flags, other_flags(args)) if accelerator.is_main_process else ():
             logger.info("resumed with another %s", changed)
     progress.law, progress.flags = law, other_flags(args)
+    if args.stage == "refiner" and (args.validation_prompt or args.validation_prompts) and not args.dry_run:
+        models.base_pipeline = load_base_pipeline(args, models, weight_dtype)
     leave_if_told(accelerator)
     trained = add_adapters(args, models, progress.seed)
-    register_adapter_hooks(accelerator, trained)
+    register_adapter_hooks(accelerator, trained, args.stage)
 
     global_batch = law["global_batch"]
     learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
@@ -3172,8 +3355,8 @@ def make_run(args, accelerator, progress):
     )
     look = (args.resolution, args.crop, args.random_flip, args.image_interpolation_mode)
     cache_dir = args.cache_dir or args.output_dir
-    dataset = ImageDataset(index, progress.seed, *look, cache_dir)
-    val_look = (args.resolution, "center", False, args.image_interpolation_mode, cache_dir)
+    dataset = ImageDataset(index, progress.seed, *look, cache_dir, args.aesthetic_scale)
+    val_look = (args.resolution, "center", False, args.image_interpolation_mode, cache_dir, args.aesthetic_scale)
     return Run(
         args=args,
         accelerator=accelerator,
@@ -3209,6 +3392,9 @@ def preview(run):
         len(filled), sum(n < plan.global_batch for n in filled), 100 * facts["cut_off"]["most"])  # fmt: skip
     logger.info("captions    %d to %d tokens, median %d; %d over 75",
         percentiles["0%"], percentiles["100%"], percentiles["50%"], facts["captions_over_75_tokens"])  # fmt: skip
+    if args.stage == "refiner":
+        histogram = ", ".join(f"{span}: {count}" for span, count in facts["aesthetic_scores"].items())
+        logger.info("aesthetic   images by score: %s (taken as %g)", histogram, AESTHETIC_SCORE)
     logger.info("steps       %d of %d images, %d per epoch", steps, plan.global_batch, run.steps_per_epoch)
     logger.info("parameters  %.3g M trained", facts["trained_parameters"] / 1e6)
     logger.info("memory      %.2f GB a device at least: %s",
@@ -3262,7 +3448,7 @@ def finish(run, metrics):
     args, accelerator, index = run.args, run.accelerator, run.batches.plan.index
     if accelerator.is_main_process:
         trained = {name: accelerator.unwrap_model(m) for name, m in run.trained.items()}
-        fault = fault_of(lambda: save_lora(trained, args.output_dir))
+        fault = fault_of(lambda: save_lora(trained, args.output_dir, args.stage))
         fault = fault or fault_of(lambda: save_model_card(args, metrics, index))
         if fault:
             where = f"checkpoint-{run.progress.step} holds the LoRA files"
@@ -3281,9 +3467,8 @@ def finish(run, metrics):
 
 def main(argv=None):
     """Trains as the flags say; returns the last metrics."""
-    stop.listen()
     args = parse_args(argv)
-    with explained(args):
+    with stop_signals(), explained(args):
         accelerator = make_accelerator(args)
         prepare_output_dir(accelerator, args)
         checkpoint, found = decide_on_main(accelerator, lambda: claim_output_dir(args))

@@ -245,7 +245,7 @@ REFUSED = [
     ("--center_crop --crop random_ar", "center_crop", "contradicts --crop random_ar"),
     ("--use_8bit_adam --optimizer prodigy", "use_8bit_adam", "contradicts"),
     ("--crop bucket --resolution 72", "resolution", "multiples of 64 px"),
-    ("--stage refiner", "stage refiner", "not yet"),
+    ("--stage refiner", "refiner_unet", "missing"),
     ("--pretrained_model_name_or_path ./nowhere", "pretrained_model_name_or_path", "no folder nowhere"),
     ("--pretrained_model_name_or_path ./no_unet", "pretrained_model_name_or_path", "has no unet;"),
     ("--train_shards missing.tar", "train_shards", "no file missing.tar"),

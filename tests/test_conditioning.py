@@ -30,6 +30,7 @@ def pipeline():
 @pytest.fixture(scope="module")
 def models():
     source = {"pretrained_vae_model_name_or_path": None, "revision": None, "variant": None, "cache_dir": None}
+    source |= {"stage": "base", "text_encoder_2_lora": None}
     flags = {"pretrained_model_name_or_path": str(SDXL), "vae_precision": "fp32", "prediction_type": None, **source}
     return load_models(SimpleNamespace(**flags), torch.float32, "cpu")
 

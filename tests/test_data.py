@@ -247,7 +247,7 @@ def test_a_damaged_sample_is_named_with_its_reason_and_left_out(tmp_path, change
 )
 def test_strange_metadata_does_not_end_the_indexing(tmp_path, metadata):
     shard = write_shard(tmp_path / "a.tar", [sample("good"), sample("strange", json=metadata.encode())])
-    table = trainer.cached_index_shard(shard, "species_list", tmp_path)
+    table = trainer.cached_index_shard(shard, tmp_path, "species_list")
     assert table.column("key").to_pylist()[0] == "good"
 
 
@@ -281,21 +281,23 @@ def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_pat
     calls = []
     original = trainer.index_shard
     monkeypatch.setattr(trainer, "index_shard", lambda *a: calls.append(a) or original(*a))
-    first = trainer.cached_index_shard(str(shard), "species_list", tmp_path)
-    assert trainer.cached_index_shard(str(shard), "species_list", tmp_path).equals(first, check_metadata=True)
+    first = trainer.cached_index_shard(str(shard), tmp_path, "species_list")
+    assert trainer.cached_index_shard(str(shard), tmp_path, "species_list").equals(first, check_metadata=True)
     assert len(calls) == 1
-    trainer.cached_index_shard(str(shard), "other_key", tmp_path)
+    trainer.cached_index_shard(str(shard), tmp_path, "other_key")
     assert len(calls) == 2
     stat = os.stat(shard)
     write_shard(shard, [sample(key.replace("s", "t")) for key in KEYS])
     assert os.stat(shard).st_size == stat.st_size
-    changed = trainer.cached_index_shard(str(shard), "species_list", tmp_path)
+    changed = trainer.cached_index_shard(str(shard), tmp_path, "species_list")
     assert changed.column("key").to_pylist()[0] == "t0"
 
 
 def load_index(shards, tmp_path, **flags):
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
-    args = SimpleNamespace(train_shards=[str(s) for s in shards], species_key="species_list", **flags)
+    args = SimpleNamespace(
+        train_shards=[str(s) for s in shards], species_key="species_list", aesthetic_key="ae_aesthetic", **flags
+    )
     return trainer.load_index(ALONE, args, "--train_shards", seed=1)
 
 

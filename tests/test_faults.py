@@ -123,6 +123,24 @@ def test_many_signals_also_to_the_loader_processes_are_one_stop(busy_flags, tmp_
     assert_same_run(reference, assert_ok(run_trainer(argv, tmp_path / "run")), step=STEPS)
 
 
+def test_signals_are_the_callers_own_again_after_main():
+    handlers = [signal.getsignal(number) for number in trainer.StopSignal.NUMBERS]
+    for _ in range(2):
+        with trainer.stop_signals():
+            trainer.stop.begun = trainer.stop.patient = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+            deadline = time.monotonic() + 5
+            while not trainer.stop and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert trainer.stop
+            with trainer.stop_signals():  # main() within a script that listens already
+                pass
+            assert signal.getsignal(signal.SIGTERM) is not handlers[0]
+        assert not trainer.stop
+        assert [signal.getsignal(number) for number in trainer.StopSignal.NUMBERS] == handlers
+        assert signal.set_wakeup_fd(-1) == -1
+
+
 def command(argv, output_dir, launcher=(), processes=1):
     words = [sys.executable]
     if launcher:

@@ -40,7 +40,9 @@ def no_waiting(monkeypatch):
 
 def load_index(patterns, tmp_path, **flags):
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": str(tmp_path)} | flags
-    args = SimpleNamespace(train_shards=patterns, species_key="species_list", output_dir=tmp_path, **flags)
+    args = SimpleNamespace(
+        train_shards=patterns, species_key="species_list", aesthetic_key="ae_aesthetic", output_dir=tmp_path, **flags
+    )
     return trainer.load_index(ALONE, args, "--train_shards", seed=1)
 
 
@@ -276,8 +278,8 @@ def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
     flags = {"dataset_config_name": None, "train_data_dir": None, "image_column": "picture"}
     flags |= {"dataset_name": str(tmp_path / "d"), "caption_column": "caption", "train_shards": None}
     args = SimpleNamespace(
-        **flags, cache_dir=None, output_dir=tmp_path, species_key="species_list", max_bad_fraction=0.2,
-        max_train_samples=None,
+        **flags, cache_dir=None, output_dir=tmp_path, species_key="species_list", aesthetic_key="ae_aesthetic",
+        max_bad_fraction=0.2, max_train_samples=None,
     )  # fmt: skip
 
     @functools.wraps(trainer.load_index)
