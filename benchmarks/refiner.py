@@ -36,6 +36,7 @@ REFINER_TRAINING = TRAINING | {
     "--stage": "refiner",
     "--refiner_unet": DEMO / "refiner/unet",
     "--learning_rate": 2e-3,
+    "--lora_target_modules": (*TRAINING["--lora_target_modules"], "conv1", "conv2"),
     "--noise_offset": 0.0,
 }
 IMAGES_PER_SPECIES, INFERENCE_STEPS, GUIDANCE, SWITCH = 60, 20, 2.5, 0.8
@@ -81,11 +82,11 @@ def band_losses(shard, te2_lora=None, refiner_lora=None):
     return np.array(losses)
 
 
-def make_panel():
+def make_panel(first_seed):
     """[(scene, seed)] of the unseen species, scenes in turn."""
     scenes = [(place, pose, facing) for place in PLACES for pose in POSES for facing in FACINGS]
     return [
-        (Scene((species,), *scenes[i % len(scenes)], finish=0.9), 10_000 * (1 + SPECIES.index(species)) + i)
+        (Scene((species,), *scenes[i % len(scenes)], finish=0.9), first_seed + 10_000 * SPECIES.index(species) + i)
         for species in UNSEEN
         for i in range(IMAGES_PER_SPECIES)
     ]
@@ -147,7 +148,7 @@ def draw_comparison(panel, images, path, tile=96):
     sheet.save(path)
 
 
-def main(output_dir, base_steps, refiner_steps, samples):
+def main(output_dir, base_steps, refiner_steps, samples, panel_seed):
     output_dir.mkdir(parents=True, exist_ok=True)
     if not (DEMO / "data/manifests/train_species.csv").exists():
         make_dataset(DEMO / "data")
@@ -171,7 +172,7 @@ def main(output_dir, base_steps, refiner_steps, samples):
     facts = {"band_loss": {name: float(values.mean()) for name, values in losses.items()}}
     facts["band_loss_change"] = {name: interval(trained - values) for name, values in list(losses.items())[:2]}
 
-    panel, judge = make_panel(), Judge()
+    panel, judge = make_panel(panel_seed), Judge()
     images = {
         "base with LoRA": generate(panel, base),
         "then the stock refiner": generate(panel, base, base, "stock"),
@@ -182,8 +183,10 @@ def main(output_dir, base_steps, refiner_steps, samples):
     both = scores["then the refiner with LoRA"]
     facts["adherence_change"] = {name: interval(both - values) for name, values in list(scores.items())[:2]}
     prompted = np.array([SPECIES.index(scene.creatures[0]) for scene, _ in panel])
-    right = {name: int((judge.name(pictures) == prompted).sum()) for name, pictures in images.items()}
-    facts["named_right"] = {name: [count, *wilson(count, len(panel))] for name, count in right.items()}
+    right = {name: judge.name(pictures) == prompted for name, pictures in images.items()}
+    facts["named_right"] = {name: [int(r.sum()), *wilson(int(r.sum()), len(panel))] for name, r in right.items()}
+    both = right["then the refiner with LoRA"].astype(float)
+    facts["named_right_change"] = {name: interval(both - values) for name, values in list(right.items())[:2]}
     draw_comparison(panel, images, output_dir / "comparison.png")
     (output_dir / "refiner.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
@@ -193,7 +196,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "demo/output/refiner", metavar="DIR")
     parser.add_argument("--base_steps", type=int, default=320, metavar="STEPS")
-    parser.add_argument("--refiner_steps", type=int, default=300, metavar="STEPS")
+    parser.add_argument("--refiner_steps", type=int, default=1500, metavar="STEPS")
     parser.add_argument("--samples", type=int, default=600, metavar="N", help="fresh drawings for the band's loss")
+    parser.add_argument("--panel_seed", type=int, default=1_000_000, metavar="N", help="seed of the first picture")
     args = parser.parse_args()
-    main(args.output_dir, args.base_steps, args.refiner_steps, args.samples)
+    main(args.output_dir, args.base_steps, args.refiner_steps, args.samples, args.panel_seed)

@@ -1,0 +1,378 @@
+"""evaluate.py: pictures that depend on prompt and seed alone, scores rebuilt by hand, a page that stands alone."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from harness import ROOT, SDXL, assert_ok, free_port, run_trainer
+from PIL import Image
+
+import evaluate
+
+CLIP = f"local-dir:{ROOT / 'demo/clip'}"
+HEAD = ROOT / "demo/aesthetic-linearMSE.pth"
+PANEL = ROOT / "demo/panel.jsonl"
+
+
+@pytest.fixture(scope="module")
+def panel_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("panel") / "panel.jsonl"
+    file.write_text("".join(PANEL.read_text().splitlines(keepends=True)[i] for i in (0, 1, 5)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def lora(world, tmp_path_factory):
+    """A run with checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    argv = ["--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train", "--resolution", 64]
+    argv += ["--train_batch_size", 2, "--max_train_steps", 4, "--seed", 1, "--learning_rate", 0.02, "--rank", 2]
+    argv += ["--checkpointing_steps", 2, "--report_to", "none", "--mixed_precision", "no", "--train_text_encoder"]
+    assert_ok(run_trainer(argv, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(panel_file):
+    """A small evaluation without --lora and --output_dir."""
+    return [
+        *("--pretrained_model_name_or_path", SDXL, "--prompts", panel_file, "--seeds", 0, 1, "--resolution", 64),
+        *("--num_inference_steps", 3, "--guidance_scale", 2.5, "--dtype", "fp32", "--batch_size", 2),
+        *("--clip_model", CLIP, "--aesthetic_clip_model", CLIP, "--aesthetic_head", HEAD),
+    ]
+
+
+def run(*argv, processes=1, ok=True, timeout=300, setup=""):
+    """evaluate.py in processes of its own; `setup` is code that runs before main()."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import torch; torch.set_num_threads(1); import evaluate; {setup}"
+    )
+    code += "\ntry:\n    evaluate.main()\nexcept evaluate.InputError as e:\n    sys.exit(f'evaluate.py: error: {e}')"
+    port, children = str(free_port()), []
+    for rank in range(processes):
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        if processes > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            env |= {k: str(v) for k, v in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", code, *map(str, argv)]
+        children.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [child.communicate(timeout=timeout)[0] for child in children]
+    if ok:
+        assert [child.returncode for child in children] == [0] * processes, outputs
+    return children[0].returncode, "\n".join(outputs)
+
+
+def pictures(folder):
+    return {
+        path.relative_to(folder): np.asarray(Image.open(path)).astype(int) for path in folder.glob("images/*/*.png")
+    }
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())["models"]
+
+
+@pytest.fixture(scope="module")
+def whole(words, lora, world, tmp_path_factory):
+    """The evaluation of a LoRA and a run's checkpoints in one process."""
+    folder = tmp_path_factory.mktemp("whole") / "eval"
+    argv = [*words, "--lora", lora / "checkpoint-2", lora, "--train_shards", world / "data/train"]
+    run(*argv, "--val_shards", world / "data/val", "--output_dir", folder)
+    return folder
+
+
+def assert_close(a, b, tolerance=1e-6):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_close(a[key], b[key], tolerance)
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, abs=tolerance, nan_ok=True)
+    else:
+        assert a == b
+
+
+# ---- pictures
+
+
+def test_two_processes_make_the_same_pictures_and_scores(whole, words, lora, world, tmp_path):
+    argv = [*words, "--lora", lora / "checkpoint-2", lora, "--train_shards", world / "data/train"]
+    run(*argv, "--val_shards", world / "data/val", "--output_dir", tmp_path / "eval", processes=2)
+    one, two = pictures(whole), pictures(tmp_path / "eval")
+    assert one.keys() == two.keys() and len(one) == 3 * 3 * 2
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert_close(metrics(whole), metrics(tmp_path / "eval"))
+
+
+def test_the_batch_size_moves_no_pixel_by_more_than_one(whole, words, lora, tmp_path):
+    run(*words, "--lora", lora, "--batch_size", 1, "--output_dir", tmp_path / "one")
+    one, two = pictures(tmp_path / "one"), pictures(whole)
+    assert len(one) == 2 * 3 * 2 and one.keys() <= two.keys()
+    assert max(np.abs(one[name] - two[name]).max() for name in one) <= 1
+
+
+KILL = """
+import os, signal
+original, calls = evaluate.Painter.paint, []
+def paint(self, *args):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args)
+evaluate.Painter.paint = paint
+"""
+COUNT = """
+original = evaluate.Painter.paint
+def paint(self, prompts, seeds):
+    print('made', len(prompts))
+    return original(self, prompts, seeds)
+evaluate.Painter.paint = paint
+"""
+
+
+def test_a_killed_evaluation_goes_on_and_makes_no_picture_twice(words, lora, tmp_path):
+    argv = [*words, "--lora", lora, "--output_dir", tmp_path / "eval"]
+    code, _ = run(*argv, ok=False, setup=KILL)
+    assert code == -signal.SIGKILL and len(pictures(tmp_path / "eval")) == 6
+    _, output = run(*argv, setup=COUNT)
+    assert sum(map(int, re.findall(r"made (\d+)", output))) == 6
+    run(*words, "--lora", lora, "--output_dir", tmp_path / "whole")
+    one, two = pictures(tmp_path / "eval"), pictures(tmp_path / "whole")
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    assert_close(metrics(tmp_path / "eval"), metrics(tmp_path / "whole"))
+    _, again = run(*argv, setup=COUNT)
+    assert "made" not in again
+
+
+def test_another_lora_at_the_same_place_is_drawn_anew(words, lora, tmp_path):
+    import shutil
+
+    shutil.copy(lora / "checkpoint-2/pytorch_lora_weights.safetensors", tmp_path / "x.safetensors")
+    run(*words, "--lora", tmp_path / "x.safetensors", "--output_dir", tmp_path / "eval")
+    shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "x.safetensors")
+    _, output = run(*words, "--lora", tmp_path / "x.safetensors", "--output_dir", tmp_path / "eval", setup=COUNT)
+    assert sum(map(int, re.findall(r"made (\d+)", output))) == 6
+
+
+def test_a_picture_is_the_stock_pipelines_from_the_cpu_noise_of_prompt_and_seed(whole, panel_file, lora):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(SDXL, dtype=torch.float32, add_watermarker=False)
+    pipeline.load_lora_weights(lora)
+    prompt = evaluate.read_panel(panel_file)[1]
+    generator = torch.Generator().manual_seed(evaluate.noise_seed(prompt, 1))
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    options = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 2.5}
+    stock = pipeline(prompt.prompt, latents=noise, output_type="np", **options).images[0] * 255
+    row = next(r for r in read_rows(whole) if r["model"] == "run" and r["prompt_id"] == prompt.id and r["seed"] == "1")
+    own = np.asarray(Image.open(whole / row["file"])).astype(float)
+    assert np.abs(own - stock).max() <= 1.5
+
+
+# ---- judges
+
+
+def read_rows(folder):
+    with open(folder / "per_image.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_scores_are_those_of_open_clip_and_of_laions_own_head(whole, panel_file):
+    model, _, preprocess = open_clip.create_model_and_transforms(CLIP)
+    tokenizer = open_clip.get_tokenizer(CLIP)
+    model.eval()
+    state = torch.load(HEAD, weights_only=True)
+    sizes = [64, 1024, 128, 64, 16, 1]
+    linears = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    layers = [
+        *linears[:1],
+        torch.nn.Dropout(0.2),
+        linears[1],
+        torch.nn.Dropout(0.2),
+        linears[2],
+        torch.nn.Dropout(0.1),
+    ]
+    head = torch.nn.Module()
+    head.layers = torch.nn.Sequential(*layers, linears[3], linears[4])
+    head.load_state_dict(state)
+    head.eval()
+    panel = {prompt.id: prompt for prompt in evaluate.read_panel(panel_file)}
+    for row in read_rows(whole):
+        with torch.no_grad():
+            image = model.encode_image(preprocess(Image.open(whole / row["file"])).unsqueeze(0))
+            image /= image.norm(dim=-1, keepdim=True)
+            text = model.encode_text(tokenizer([panel[row["prompt_id"]].clip_prompt]))
+            text /= text.norm(dim=-1, keepdim=True)
+            adherence, aesthetic = float(image @ text.T), float(head.layers(image))
+        assert float(row["adherence"]) == pytest.approx(adherence, abs=1e-5)
+        assert float(row["aesthetic"]) == pytest.approx(aesthetic, abs=1e-4)
+        assert float(row["score"]) == pytest.approx(0.6 * adherence + 0.04 * aesthetic, abs=1e-5)
+
+
+def test_a_linear_head_is_taken_too(tmp_path):
+    weight, bias = torch.randn(1, 8), torch.randn(1)
+    safetensors.torch.save_file({"weight": weight, "bias": bias}, tmp_path / "linear.safetensors")
+    embeddings = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    scores = evaluate.load_aesthetic_head(tmp_path / "linear.safetensors", 8)(embeddings)
+    assert np.allclose(scores, embeddings @ weight[0].numpy() + bias.item(), atol=1e-5)
+
+
+def test_a_head_that_runs_code_is_not_loaded(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"weight": Evil()}))
+    with pytest.raises(evaluate.InputError, match="--aesthetic_head: cannot load"):
+        evaluate.load_aesthetic_head(tmp_path / "evil.pth", 8)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_copies_are_found_and_new_pictures_are_not():
+    rng = np.random.default_rng(0)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    train = unit(rng.normal(size=(200, 16)))
+    reference = evaluate.Reference(list(range(200)), [None] * 200, train)
+    copies = unit(train[[3, 7]] + 0.01 * rng.normal(size=(2, 16)))
+    similarity, which = evaluate.nearest(copies, reference)
+    known, _ = evaluate.nearest(train, reference, itself=True)
+    assert which.tolist() == [3, 7] and similarity.min() > np.quantile(known, evaluate.COPY_QUANTILE)
+    fresh, _ = evaluate.nearest(unit(rng.normal(size=(500, 16))), reference)
+    assert (fresh > np.quantile(known, evaluate.COPY_QUANTILE)).mean() < 0.05
+
+
+def test_diversity_is_the_mean_distance_of_all_pairs():
+    x = np.eye(3)[[0, 1, 0]]
+    assert evaluate.diversity_of(x) == pytest.approx(2 / 3)
+    assert np.isnan(evaluate.diversity_of(x[:1]))
+
+
+# ---- statistics
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """Prompts with an effect of their own, 4 seeds each: an interval over pictures alone would be too narrow."""
+    rng, groups, covered, naive = np.random.default_rng(1), np.repeat(np.arange(25), 4), 0, 0
+    for _ in range(200):
+        values = np.repeat(rng.normal(size=25), 4) + 0.3 * rng.normal(size=100)
+        found = evaluate.bootstrap(values, groups)
+        covered += found["low"] <= 0 <= found["high"]
+        half = 1.96 * values.std() / 10
+        naive += abs(values.mean()) <= half
+    assert covered >= 176  # 95 % nominal; a percentile bootstrap of 25 groups reaches about 92 %
+    assert naive < 160
+
+
+def test_means_are_weighted_by_count():
+    assert evaluate.bootstrap([1, 1, 1, 5], ["a", "a", "a", "b"])["mean"] == 2
+
+
+# ---- outputs
+
+
+def test_all_outputs_are_there_and_agree(whole):
+    rows, summary = read_rows(whole), metrics(whole)
+    assert list(summary) == ["base", "checkpoint-2", "run"] and len(rows) == 18
+    for name, entry in summary.items():
+        own = [float(row["score"]) for row in rows if row["model"] == name]
+        assert entry["score"]["mean"] == pytest.approx(np.mean(own)) and entry["score"]["count"] == 6
+        assert {"adherence", "aesthetic", "right", "nearest_similarity", "copy", "diversity"} <= entry.keys()
+        assert bool(entry["vs_base"]) == (name != "base")
+    assert Image.open(whole / "grid.png").size[0] == 3 * 128
+
+
+def test_the_page_asks_nobody_for_anything(whole):
+    page = (whole / "report.html").read_text()
+    assert not re.search(r"(src|href)=['\"](?!data:|#)", page) and "url(http" not in page and "@import" not in page
+    assert page.count("<figure>") >= 18 and "<script" not in page
+    targets, ids = set(re.findall(r"href='#(p\d+)'", page)), set(re.findall(r"id=(p\d+)", page))
+    assert targets == ids
+    assert evaluate.html.escape(str(SDXL)) in page  # the command
+
+
+def test_checkpoints_make_a_curve(words, lora, tmp_path):
+    run(*words, "--checkpoints", lora, "--output_dir", tmp_path / "eval")
+    assert [entry.get("step") for entry in metrics(tmp_path / "eval").values()] == [None, 2, 4]
+    page = (tmp_path / "eval/report.html").read_text()
+    assert page.count("<svg") == 2 and "score over steps" in page
+
+
+def test_the_default_panel_covers_what_it_should():
+    panel = evaluate.read_panel()
+    tags = {tag for prompt in panel for tag in prompt.tags}
+    assert len(panel) >= 16 and len({p.id for p in panel}) == len(panel)
+    assert {"day", "night", "single", "pair", "action", "regional", "shiny", "painterly", "anime"} <= tags
+
+
+# ---- wrong input
+
+
+@pytest.mark.parametrize(
+    "lines, reason",
+    [
+        (['{"id": "a"}'], "line 1: no field `prompt` with a text"),
+        (['{"prompt": "x"}', "nonsense"], "line 2: not JSON"),
+        (['{"prompt": "x", "id": "a"}'] * 2, "the id 'a' stands twice"),
+        ([], "is empty"),
+    ],
+)
+def test_a_bad_panel_is_one_line(words, tmp_path, capsys, lines, reason):
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    argv = [*map(str, words), "--output_dir", str(tmp_path / "eval"), "--prompts", str(tmp_path / "p.jsonl")]
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse_args(argv)
+    output = capsys.readouterr().err
+    assert error.value.code == 2 and "--prompts: " in output and reason in output and len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--lora", "./nowhere"], "--lora: no LoRA file nowhere"),
+        (["--checkpoints", "./nowhere"], "--checkpoints: no checkpoint-N in ./nowhere"),
+        (["--refiner_lora", "x"], "--refiner_lora: "),
+        (["--seeds", "1", "1"], "--seeds: found 1 1"),
+        (["--val_shards", str(ROOT / "README.md")], "--val_shards: found without --train_shards"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, tmp_path, capsys, flags, reason):
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse_args([*map(str, words), "--output_dir", str(tmp_path), *flags])
+    output = capsys.readouterr().err
+    assert error.value.code == 2 and reason in output and len(output.splitlines()) == 1
+
+
+def test_a_lora_of_another_base_is_one_line(words, lora, tmp_path):
+    tensors = safetensors.torch.load_file(lora / "pytorch_lora_weights.safetensors")
+    wide = {k: torch.cat([v, v], dim=1) if k.endswith("lora_A.weight") else v for k, v in tensors.items()}
+    safetensors.torch.save_file(wide, tmp_path / "wide.safetensors")
+    code, output = run(*words, "--lora", tmp_path / "wide.safetensors", "--output_dir", tmp_path / "eval", ok=False)
+    assert code == 1 and re.search(r"^evaluate.py: error: --lora: .*does not fit", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--clip_model", "ViT-B-32/laion2b_s34b_b79k"], "--clip_model: cannot load ViT-B-32"),
+        (["--clip_model", "ViT-nonsense/x"], "--clip_model: cannot load ViT-nonsense"),
+        (["--aesthetic_head", "wide.pth"], "--aesthetic_head: .*wide.pth has 65×1; expected a head from 64 numbers"),
+    ],
+)
+def test_a_judge_that_does_not_load_or_fit_is_one_line(words, tmp_path, flags, reason, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.zeros(1, 65), "bias": torch.zeros(1)}, "wide.pth")
+    code, output = run(*words, "--seeds", 0, *flags, "--output_dir", tmp_path / "eval", ok=False)
+    assert code == 1 and re.search(rf"^evaluate.py: error: {reason}", output, re.MULTILINE), output[-500:]
