@@ -259,7 +259,7 @@ def find_lora(path):
 def list_models(args):
     """[Model]: the base model, each --lora, each checkpoint of --checkpoints; names differ."""
     refiner_lora = find_lora(args.refiner_lora) if args.refiner_lora else None
-    models = [Model("base")]
+    models = [Model("base model")]
     for path in map(Path, args.lora):
         name = path.stem if path.is_file() and path.name != trainer.LORA_FILE else find_lora(path).parent.name
         taken = sum(m.name.partition(" (")[0] == name for m in models)
@@ -946,7 +946,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
     state = PartialState()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if state.is_main_process else logging.ERROR)
+    logger.handlers, logger.propagate = [logging.StreamHandler()], False
+    logger.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

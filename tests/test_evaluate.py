@@ -285,12 +285,12 @@ def test_means_are_weighted_by_count():
 
 def test_all_outputs_are_there_and_agree(whole):
     rows, summary = read_rows(whole), metrics(whole)
-    assert list(summary) == ["base", "checkpoint-2", "run"] and len(rows) == 18
+    assert list(summary) == ["base model", "checkpoint-2", "run"] and len(rows) == 18
     for name, entry in summary.items():
         own = [float(row["score"]) for row in rows if row["model"] == name]
         assert entry["score"]["mean"] == pytest.approx(np.mean(own)) and entry["score"]["count"] == 6
         assert {"adherence", "aesthetic", "right", "nearest_similarity", "copy", "diversity"} <= entry.keys()
-        assert bool(entry["vs_base"]) == (name != "base")
+        assert bool(entry["vs_base"]) == (name != "base model")
     assert Image.open(whole / "grid.png").size[0] == 3 * 128
 
 
