@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train LoRA adapters for Stable Diffusion XL on captioned images: WebDataset shards or an image folder.
+"""Train LoRA adapters for Stable Diffusion XL, base or refiner, on captioned images: WebDataset shards or a folder.
 
 One GPU or a laptop:
     python train_sdxl_lora.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\

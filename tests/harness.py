@@ -1,6 +1,7 @@
-"""Runs of the trainer for tests: torch and diffusers are imported once, in a fork server that forks every run."""
+"""Runs of the scripts for tests: torch and diffusers are imported once, in a fork server that forks every run."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ ALONE = SimpleNamespace(
 )
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train_sdxl_lora"])
+_context.set_forkserver_preload(["train_sdxl_lora", "evaluate"])
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Result:
         return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-def _child(argv, env, log, setup):
+def _child(script, argv, env, log, setup):
     import torch
 
     os.environ.update(env)
@@ -57,11 +58,10 @@ def _child(argv, env, log, setup):
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         try:
-            import train_sdxl_lora
-
+            module = importlib.import_module(script)
             if setup is not None:
-                setup(train_sdxl_lora)
-            train_sdxl_lora.main(argv)
+                setup(module)
+            module.main(argv)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
             if isinstance(error.code, str):
@@ -80,7 +80,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_trainer(argv, output_dir, processes=1, env=None, setup=None):
+def start_trainer(argv, output_dir, processes=1, env=None, setup=None, script="train_sdxl_lora"):
     """Starts main([*argv, --output_dir …]) in forks; `setup(module)`, picklable, may change the module first."""
     output_dir = Path(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -92,15 +92,15 @@ def start_trainer(argv, output_dir, processes=1, env=None, setup=None):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             world |= {k: str(v) for k, v in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = f"{output_dir}.{rank}.log"
-        child = _context.Process(target=_child, args=(argv, world, log, setup))
+        child = _context.Process(target=_child, args=(script, argv, world, log, setup))
         child.start()
         children.append((child, log))
     return children
 
 
-def run_trainer(argv, output_dir, processes=1, env=None, setup=None, timeout=300):
+def run_trainer(argv, output_dir, processes=1, env=None, setup=None, timeout=300, script="train_sdxl_lora"):
     """Result of a whole run; a process that outlives `timeout` seconds is killed and has a negative code."""
-    children = start_trainer(argv, output_dir, processes, env, setup)
+    children = start_trainer(argv, output_dir, processes, env, setup, script)
     for child, _ in children:
         child.join(timeout)
         if child.is_alive():

@@ -4,16 +4,16 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
 import torch
-from harness import ROOT, SDXL, assert_ok, free_port, run_trainer
+from harness import ROOT, SDXL, assert_ok, run_trainer
 from PIL import Image
 
 import evaluate
@@ -51,26 +51,9 @@ def words(panel_file):
     ]
 
 
-def run(*argv, processes=1, ok=True, timeout=300, setup=""):
-    """evaluate.py in processes of its own; `setup` is code that runs before main()."""
-    code = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import torch; torch.set_num_threads(1); import evaluate; {setup}"
-    )
-    code += "\ntry:\n    evaluate.main()\nexcept evaluate.InputError as e:\n    sys.exit(f'evaluate.py: error: {e}')"
-    port, children = str(free_port()), []
-    for rank in range(processes):
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            env |= {k: str(v) for k, v in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-c", code, *map(str, argv)]
-        children.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [child.communicate(timeout=timeout)[0] for child in children]
-    if ok:
-        assert [child.returncode for child in children] == [0] * processes, outputs
-    return children[0].returncode, "\n".join(outputs)
+def run(argv, output_dir, processes=1, setup=None, ok=True):
+    result = run_trainer(argv, output_dir, processes, setup=setup, script="evaluate")
+    return assert_ok(result) if ok else result
 
 
 def pictures(folder):
@@ -88,7 +71,7 @@ def whole(words, lora, world, tmp_path_factory):
     """The evaluation of a LoRA and a run's checkpoints in one process."""
     folder = tmp_path_factory.mktemp("whole") / "eval"
     argv = [*words, "--lora", lora / "checkpoint-2", lora, "--train_shards", world / "data/train"]
-    run(*argv, "--val_shards", world / "data/val", "--output_dir", folder)
+    run([*argv, "--val_shards", world / "data/val"], folder)
     return folder
 
 
@@ -108,7 +91,7 @@ def assert_close(a, b, tolerance=1e-6):
 
 def test_two_processes_make_the_same_pictures_and_scores(whole, words, lora, world, tmp_path):
     argv = [*words, "--lora", lora / "checkpoint-2", lora, "--train_shards", world / "data/train"]
-    run(*argv, "--val_shards", world / "data/val", "--output_dir", tmp_path / "eval", processes=2)
+    run([*argv, "--val_shards", world / "data/val"], tmp_path / "eval", processes=2)
     one, two = pictures(whole), pictures(tmp_path / "eval")
     assert one.keys() == two.keys() and len(one) == 3 * 3 * 2
     assert all(np.array_equal(one[name], two[name]) for name in one)
@@ -116,53 +99,56 @@ def test_two_processes_make_the_same_pictures_and_scores(whole, words, lora, wor
 
 
 def test_the_batch_size_moves_no_pixel_by_more_than_one(whole, words, lora, tmp_path):
-    run(*words, "--lora", lora, "--batch_size", 1, "--output_dir", tmp_path / "one")
+    run([*words, "--lora", lora, "--batch_size", 1], tmp_path / "one")
     one, two = pictures(tmp_path / "one"), pictures(whole)
     assert len(one) == 2 * 3 * 2 and one.keys() <= two.keys()
     assert max(np.abs(one[name] - two[name]).max() for name in one) <= 1
 
 
-KILL = """
-import os, signal
-original, calls = evaluate.Painter.paint, []
-def paint(self, *args):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, *args)
-evaluate.Painter.paint = paint
-"""
-COUNT = """
-original = evaluate.Painter.paint
-def paint(self, prompts, seeds):
-    print('made', len(prompts))
-    return original(self, prompts, seeds)
-evaluate.Painter.paint = paint
-"""
+def die_before_batch(number, module):
+    original, calls = module.Painter.paint, []
+
+    def paint(self, *args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    module.Painter.paint = paint
+
+
+def count_pictures(module):
+    original = module.Painter.paint
+
+    def paint(self, prompts, seeds):
+        print("made", len(prompts), flush=True)
+        return original(self, prompts, seeds)
+
+    module.Painter.paint = paint
+
+
+def made(result):
+    return sum(map(int, re.findall(r"made (\d+)", result.output)))
 
 
 def test_a_killed_evaluation_goes_on_and_makes_no_picture_twice(words, lora, tmp_path):
-    argv = [*words, "--lora", lora, "--output_dir", tmp_path / "eval"]
-    code, _ = run(*argv, ok=False, setup=KILL)
-    assert code == -signal.SIGKILL and len(pictures(tmp_path / "eval")) == 6
-    _, output = run(*argv, setup=COUNT)
-    assert sum(map(int, re.findall(r"made (\d+)", output))) == 6
-    run(*words, "--lora", lora, "--output_dir", tmp_path / "whole")
+    argv = [*words, "--lora", lora]
+    killed = run(argv, tmp_path / "eval", setup=partial(die_before_batch, 4), ok=False)
+    assert killed.codes == [-signal.SIGKILL] and len(pictures(tmp_path / "eval")) == 6
+    assert made(run(argv, tmp_path / "eval", setup=count_pictures)) == 6
+    run(argv, tmp_path / "whole")
     one, two = pictures(tmp_path / "eval"), pictures(tmp_path / "whole")
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert_close(metrics(tmp_path / "eval"), metrics(tmp_path / "whole"))
-    _, again = run(*argv, setup=COUNT)
-    assert "made" not in again
+    assert made(run(argv, tmp_path / "eval", setup=count_pictures)) == 0
 
 
 def test_another_lora_at_the_same_place_is_drawn_anew(words, lora, tmp_path):
-    import shutil
-
+    argv = [*words, "--lora", tmp_path / "x.safetensors"]
     shutil.copy(lora / "checkpoint-2/pytorch_lora_weights.safetensors", tmp_path / "x.safetensors")
-    run(*words, "--lora", tmp_path / "x.safetensors", "--output_dir", tmp_path / "eval")
+    assert made(run(argv, tmp_path / "eval", setup=count_pictures)) == 12
     shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "x.safetensors")
-    _, output = run(*words, "--lora", tmp_path / "x.safetensors", "--output_dir", tmp_path / "eval", setup=COUNT)
-    assert sum(map(int, re.findall(r"made (\d+)", output))) == 6
+    assert made(run(argv, tmp_path / "eval", setup=count_pictures)) == 6
 
 
 def test_a_picture_is_the_stock_pipelines_from_the_cpu_noise_of_prompt_and_seed(whole, panel_file, lora):
@@ -304,7 +290,7 @@ def test_the_page_asks_nobody_for_anything(whole):
 
 
 def test_checkpoints_make_a_curve(words, lora, tmp_path):
-    run(*words, "--checkpoints", lora, "--output_dir", tmp_path / "eval")
+    run([*words, "--checkpoints", lora], tmp_path / "eval")
     assert [entry.get("step") for entry in metrics(tmp_path / "eval").values()] == [None, 2, 4]
     page = (tmp_path / "eval/report.html").read_text()
     assert page.count("<svg") == 2 and "score over steps" in page
@@ -359,8 +345,8 @@ def test_a_lora_of_another_base_is_one_line(words, lora, tmp_path):
     tensors = safetensors.torch.load_file(lora / "pytorch_lora_weights.safetensors")
     wide = {k: torch.cat([v, v], dim=1) if k.endswith("lora_A.weight") else v for k, v in tensors.items()}
     safetensors.torch.save_file(wide, tmp_path / "wide.safetensors")
-    code, output = run(*words, "--lora", tmp_path / "wide.safetensors", "--output_dir", tmp_path / "eval", ok=False)
-    assert code == 1 and re.search(r"^evaluate.py: error: --lora: .*does not fit", output, re.MULTILINE)
+    result = run([*words, "--lora", tmp_path / "wide.safetensors"], tmp_path / "eval", ok=False)
+    assert result.codes == [1] and re.search(r"InputError: --lora: .*does not fit.*\n$", result.output)
 
 
 @pytest.mark.parametrize(
@@ -371,8 +357,8 @@ def test_a_lora_of_another_base_is_one_line(words, lora, tmp_path):
         (["--aesthetic_head", "wide.pth"], "--aesthetic_head: .*wide.pth has 65×1; expected a head from 64 numbers"),
     ],
 )
-def test_a_judge_that_does_not_load_or_fit_is_one_line(words, tmp_path, flags, reason, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": torch.zeros(1, 65), "bias": torch.zeros(1)}, "wide.pth")
-    code, output = run(*words, "--seeds", 0, *flags, "--output_dir", tmp_path / "eval", ok=False)
-    assert code == 1 and re.search(rf"^evaluate.py: error: {reason}", output, re.MULTILINE), output[-500:]
+def test_a_judge_that_does_not_load_or_fit_is_one_line(words, tmp_path, flags, reason):
+    torch.save({"weight": torch.zeros(1, 65), "bias": torch.zeros(1)}, tmp_path / "wide.pth")
+    flags = [str(tmp_path / flag) if flag == "wide.pth" else flag for flag in flags]
+    result = run([*words, "--seeds", 0, *flags], tmp_path / "eval", ok=False)
+    assert result.codes == [1] and re.search(rf"InputError: {reason}.*\n$", result.output), result.output[-500:]
