@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from functools import partial
 
 import numpy as np
@@ -362,3 +363,34 @@ def test_a_judge_that_does_not_load_or_fit_is_one_line(words, tmp_path, flags, r
     flags = [str(tmp_path / flag) if flag == "wide.pth" else flag for flag in flags]
     result = run([*words, "--seeds", 0, *flags], tmp_path / "eval", ok=False)
     assert result.codes == [1] and re.search(rf"InputError: {reason}.*\n$", result.output), result.output[-500:]
+
+
+# ---- in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FRAME = """<!doctype html><iframe id=f src="report.html" width=WIDTH height=900></iframe><script>
+f.onload = () => {
+  const page = f.contentDocument, box = page.querySelector('.t').getBoundingClientRect()
+  page.querySelector('.t').parentNode.click()
+  const inside = box.width > 60 && box.right <= WIDTH
+  document.title = [page.documentElement.scrollWidth, inside, f.contentWindow.location.hash]
+}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page_without_errors_or_requests(whole, tmp_path, width):
+    shutil.copy(whole / "report.html", tmp_path)
+    (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet += " --disable-component-update --disable-sync --enable-logging=stderr --allow-file-access-from-files"
+    own = [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--timeout=20000"]
+    command = [CHROMIUM, *quiet.split(), *own, "--dump-dom", f"file://{tmp_path / 'frame.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    title = re.search(r"<title>(.*?)</title>", shown.stdout)
+    assert title, shown.stdout[:300]
+    page_width, inside, target = title[1].split(",")
+    assert int(page_width) <= width and inside == "true" and target == "#p0"
+    assert "CONSOLE" not in shown.stderr
+    requests = set(re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', (tmp_path / "net.json").read_text()))
+    assert not [url for url in requests if "google" not in url], requests  # Chromium's own, refused, go to Google
