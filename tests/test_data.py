@@ -355,7 +355,7 @@ def image_folder(tmp_path, monkeypatch):
             noise_image(1).save(folder / row["file_name"])
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = {"train_data_dir": str(folder), "dataset_name": None, "cache_dir": None, "species_key": "species_list"}
-        args = SimpleNamespace(**flags, image_column="image", caption_column="text")
+        args = SimpleNamespace(**flags, aesthetic_key="ae_aesthetic", image_column="image", caption_column="text")
         return trainer.index_dataset(trainer.load_dataset(args), args)
 
     return make
