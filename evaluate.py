@@ -781,7 +781,8 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 h1 { font-size: 1.6rem; line-height: 1.2 } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; font-weight: 600 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-small { opacity: .75 } td small { white-space: nowrap } .sure { color: var(--accent); font-weight: 600 } .unsure { opacity: .7 }
+small { opacity: .75 } td small { white-space: nowrap }
+.sure { color: var(--accent); font-weight: 600 } .unsure { opacity: .7 }
 .flag { color: var(--bad); display: block }
 .row { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); margin-bottom: .6rem }
 .pairs { display: grid; gap: .6rem 2rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)) }
