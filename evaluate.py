@@ -845,7 +845,7 @@ def write_report(args, models, panel, rows, summary, reference, argv):
         summary=summary_table(summary, metrics),
         curves=curves,
         grid=grid,
-        species=f"<h2>Species, named right</h2>{species_table(models, rows, species)}" if species else "",
+        species=f"<h2>Species, named right</h2>{species_table(models, rows, species)}" if "right" in metrics else "",
         extremes=extremes,
         copies=copies,
         command=html.escape(" ".join(["evaluate.py", *map(shlex.quote, argv)])),

@@ -52,8 +52,8 @@ def words(panel_file):
     ]
 
 
-def run(argv, output_dir, processes=1, setup=None, ok=True):
-    result = run_trainer(argv, output_dir, processes, setup=setup, script="evaluate")
+def run(argv, output_dir, processes=1, setup=None, ok=True, env=None):
+    result = run_trainer(argv, output_dir, processes, env, setup, script="evaluate")
     return assert_ok(result) if ok else result
 
 
@@ -295,6 +295,24 @@ def test_checkpoints_make_a_curve(words, lora, tmp_path):
     assert [entry.get("step") for entry in metrics(tmp_path / "eval").values()] == [None, 2, 4]
     page = (tmp_path / "eval/report.html").read_text()
     assert page.count("<svg") == 2 and "score over steps" in page
+
+
+def test_a_panel_of_one_species_without_an_aesthetic_head_is_judged_too(words, tmp_path):
+    (tmp_path / "one.jsonl").write_text(
+        '{"prompt": "Aquafin, standing", "species": "Aquafin"}\n{"prompt": "a cave"}\n'
+    )
+    run([*words, "--prompts", tmp_path / "one.jsonl", "--seeds", 0, "--aesthetic_head", "none"], tmp_path / "eval")
+    entry = metrics(tmp_path / "eval")["base model"]
+    assert {"adherence", "score"} <= entry.keys() and not {"right", "aesthetic", "diversity"} & entry.keys()
+    assert entry["score"] == entry["adherence"]
+
+
+def test_wandb_gets_a_table_of_the_pictures(words, tmp_path):
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run([*words, "--seeds", 0, "--report_to", "wandb"], tmp_path / "eval", env=env)
+    tables = list((tmp_path / "eval").glob("wandb/offline-run-*/files/media/table/*.json"))
+    table = json.loads(tables[0].read_text())
+    assert len(table["data"]) == 3 and table["columns"][0] == "picture" and "adherence" in table["columns"]
 
 
 def test_the_default_panel_covers_what_it_should():
