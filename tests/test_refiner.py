@@ -261,6 +261,19 @@ def test_the_merged_encoder_says_what_the_base_pipeline_with_its_lora_says(refin
     assert names == [n for n, _ in plain.text_encoders[0].named_parameters()]  # no adapter is left on it
 
 
+def test_a_dora_is_merged_from_diffusers_format_and_refused_in_kohyas(flags, refiner_args, tmp_path):
+    argv = [*flags, "--learning_rate", 0.02, "--text_encoder_lr_scale", 1, "--train_text_encoder", "--use_dora"]
+    assert_ok(run_trainer(argv, tmp_path / "run"))
+    models = load(refiner_args("--text_encoder_2_lora", tmp_path / "run" / FILES[0]))
+    base, _ = stock_pipelines(tmp_path / "run")
+    with torch.no_grad():
+        embeds, _ = trainer.encode_prompts(models.text_encoders, models.tokenizers, CAPTIONS, "cpu")
+        stock, *_ = base.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    assert (embeds - stock[..., -embeds.shape[-1] :]).abs().max() < 1e-3
+    with pytest.raises(trainer.InputError, match="cannot read DoRA in kohya's format"):
+        load(refiner_args("--text_encoder_2_lora", tmp_path / "run" / FILES[1]))
+
+
 def test_a_file_without_text_encoder_2_is_refused(flags, base_lora, tmp_path):
     tensors = safetensors.torch.load_file(base_lora / FILES[0])
     safetensors.torch.save_file(
