@@ -756,7 +756,7 @@ def curve(models, summary, metric, width=640, height=220):
     )
 
 
-def copies_section(rows, reference, args, gallery, count=8):
+def copies_section(rows, reference, held_out, args, gallery, count=8):
     """The outputs most like a training image, beside it."""
     parts = []
     for row in sorted(rows, key=lambda row: -row["nearest_similarity"])[:count]:
@@ -769,7 +769,13 @@ def copies_section(rows, reference, args, gallery, count=8):
             f"<figcaption>training image {html.escape(reference.keys[row['nearest']][:40])}</figcaption></figure>"
         )
         parts.append(f"<div class=row>{figure(row, gallery, caption + '; ')}{training}</div>")
-    return f"<h2>Most like a training image</h2><div class=pairs>{''.join(parts)}</div>"
+    note = (
+        f"{held_out['images']} held-out images are {held_out['nearest_similarity']:.3f} like their nearest training "
+    )
+    note += (
+        f"image on average, {100 * COPY_QUANTILE:g} % of them less than {held_out['copy_limit']:.3f}: more is a copy."
+    )
+    return f"<h2>Most like a training image</h2><p>{note}</p><div class=pairs>{''.join(parts)}</div>"
 
 
 PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
@@ -814,7 +820,7 @@ $large
 """)
 
 
-def write_report(args, models, panel, rows, summary, reference, argv):
+def write_report(args, models, panel, rows, summary, reference, held_out, argv):
     """report.html: one file, no request to anywhere."""
     gallery, species = {}, sorted({row["species"] for row in rows if row["species"]})
     metrics = {k: v for k, v in {**METRICS, "diversity": "diversity"}.items() if k in summary[models[0].name]}
@@ -830,7 +836,7 @@ def write_report(args, models, panel, rows, summary, reference, argv):
         + "</div>"
         for title, chosen in (("Best scores", ranked[::-1][:6]), ("Worst scores", ranked[:6]))
     )
-    copies = copies_section(trained, reference, args, gallery) if reference is not None else ""
+    copies = copies_section(trained, reference, held_out, args, gallery) if reference is not None else ""
     steps = [model for model in models if model.step is not None]
     curves = "".join(
         f"<h2>{METRICS[m]} over steps</h2>{curve(models, summary, m)}"
@@ -904,7 +910,7 @@ def report_to_wandb(args, rows, metrics):
 
 
 def judge_all(args, state, models, panel):
-    """(rows, {model: [(seeds, D) embeddings of each prompt]}, Reference or None, held-out quantile or None)."""
+    """(rows, {model: [(seeds, D) embeddings of each prompt]}, Reference or None, what is known of held-out images)."""
     jobs = [(model, prompt, seed) for model in models for prompt in panel for seed in args.seeds]
     paths = [image_path(args, *job) for job in jobs]
     embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
@@ -921,10 +927,12 @@ def judge_all(args, state, models, panel):
     scores = score_images(embeddings, prompts, clip, aesthetic, args.score_weights)
     species = sorted({prompt.species for prompt in panel if prompt.species})
     named = name_species(embeddings, species, clip, args.species_prompt) if len(species) > 1 else None
-    limit, similar = None, None
+    similar, known = None, {}
     if reference is not None:
-        known, _ = nearest(held_out.embeddings, reference, itself=held_out is reference)
-        limit, similar = float(np.quantile(known, COPY_QUANTILE)), nearest(embeddings, reference)
+        similar = nearest(embeddings, reference)
+        similarity, _ = nearest(held_out.embeddings, reference, itself=held_out is reference)
+        known = {"images": len(similarity), "nearest_similarity": float(similarity.mean())}
+        known["copy_limit"] = float(np.quantile(similarity, COPY_QUANTILE))
     rows = []
     for i, (model, prompt, seed) in enumerate(jobs):
         row = {"model": model.name, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed}
@@ -934,12 +942,12 @@ def judge_all(args, state, models, panel):
             row |= {"named": species[named[i]], "right": species[named[i]] == prompt.species}
         if similar is not None:
             row |= {"nearest_similarity": float(similar[0][i]), "nearest": int(similar[1][i])}
-            row["copy"] = row["nearest_similarity"] > limit
+            row["copy"] = row["nearest_similarity"] > known["copy_limit"]
         rows.append(row | {"file": str(paths[i].relative_to(args.output_dir))})
     names = dict.fromkeys(name for row in rows for name in row)
     rows = [{name: row.get(name) for name in names} for row in rows]
     shape = (len(models), len(panel), len(args.seeds), -1)
-    return rows, dict(zip([m.name for m in models], embeddings.reshape(shape))), reference, limit
+    return rows, dict(zip([m.name for m in models], embeddings.reshape(shape))), reference, known
 
 
 def main(argv=None):
@@ -955,7 +963,7 @@ def main(argv=None):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     models, panel = list_models(args), read_panel(args.prompts)
     paint_all(args, state, models, panel)
-    rows, embeddings, reference, limit = judge_all(args, state, models, panel)
+    rows, embeddings, reference, held_out = judge_all(args, state, models, panel)
     if not state.is_main_process:
         return {}
     summary = summarise(models, rows)
@@ -964,11 +972,11 @@ def main(argv=None):
         if "copy" in entry:
             entry["flagged"] = entry["copy"]["low"] > COPY_SHARE
     settings = {k: v for k, v in vars(args).items() if k != "config"}
-    metrics = {"models": summary, "copy_limit": limit, "settings": settings, "versions": versions()}
+    metrics = {"models": summary, "held_out": held_out, "settings": settings, "versions": versions()}
     trainer.write_file(Path(args.output_dir) / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     write_csv(args, rows)
     write_grid(args, models, panel)
-    write_report(args, models, panel, rows, summary, reference, argv)
+    write_report(args, models, panel, rows, summary, reference, held_out, argv)
     if args.report_to == "wandb":
         report_to_wandb(args, rows, metrics)
     for name, entry in summary.items():

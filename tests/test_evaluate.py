@@ -278,6 +278,9 @@ def test_all_outputs_are_there_and_agree(whole):
         assert entry["score"]["mean"] == pytest.approx(np.mean(own)) and entry["score"]["count"] == 6
         assert {"adherence", "aesthetic", "right", "nearest_similarity", "copy", "diversity"} <= entry.keys()
         assert bool(entry["vs_base"]) == (name != "base model")
+    held_out = json.loads((whole / "metrics.json").read_text())["held_out"]
+    assert 0 < held_out["nearest_similarity"] < held_out["copy_limit"] <= 1
+    assert f"{held_out['images']} held-out images" in (whole / "report.html").read_text()
     assert Image.open(whole / "grid.png").size[0] == 3 * 128
 
 
