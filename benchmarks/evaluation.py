@@ -29,11 +29,12 @@ import train_sdxl_lora as trainer
 CLIP = f"local-dir:{DEMO / 'clip'}"
 
 
-def train(shards, output_dir, steps):
+def train(shards, output_dir, steps, learning_rate=TRAINING["--learning_rate"]):
     """The LoRA's folder; trained unless it was before."""
     flags = {k: v for k, v in TRAINING.items() if k != "--species_mix"} | {"--species_mix": (0.0, 0.1, steps)}
     flags |= {"--pretrained_model_name_or_path": DEMO / "sdxl", "--train_shards": shards, "--max_train_steps": steps}
     flags |= {"--output_dir": output_dir, "--train_batch_size": 16, "--checkpointing_steps": steps}
+    flags["--learning_rate"] = learning_rate
     words = ["--train_text_encoder", "--resume_from_checkpoint", "latest"]
     for flag, value in flags.items():
         words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
@@ -73,7 +74,7 @@ def main(folder, steps, overfit_steps):
     trained, shuffled = (
         train(shards[n], folder / m, steps) for n, m in (("right", "trained"), ("shuffled", "shuffled"))
     )
-    overfitted = train(shards["four"], folder / "overfitted", overfit_steps)
+    overfitted = train(shards["four"], folder / "overfitted", overfit_steps, 2e-3)  # 6e-3 diverges after 600 steps
     panel = DEMO / "panel.jsonl"
     learned = judge([trained, shuffled], panel, 4, shards["right"], shards["held-out"], folder / "learned")
     copied = judge(
