@@ -38,7 +38,7 @@ import open_clip
 import safetensors.torch
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
@@ -954,7 +954,9 @@ def main(argv=None):
     """Draws, judges and writes the report; returns what metrics.json holds."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
-    state = PartialState()
+    accelerator = Accelerator()
+    trainer.check_world(accelerator)
+    state = accelerator.state
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
     logger.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
     for library in (transformers.utils.logging, diffusers.utils.logging):

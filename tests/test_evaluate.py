@@ -92,7 +92,8 @@ def assert_close(a, b, tolerance=1e-6):
 
 def test_two_processes_make_the_same_pictures_and_scores(whole, words, lora, world, tmp_path):
     argv = [*words, "--lora", lora / "checkpoint-2", lora, "--train_shards", world / "data/train"]
-    run([*argv, "--val_shards", world / "data/val"], tmp_path / "eval", processes=2)
+    result = run([*argv, "--val_shards", world / "data/val"], tmp_path / "eval", processes=2, setup=count_pictures)
+    assert made(result) == 18 and all("made" in output for output in result.outputs)  # each made a share of them
     one, two = pictures(whole), pictures(tmp_path / "eval")
     assert one.keys() == two.keys() and len(one) == 3 * 3 * 2
     assert all(np.array_equal(one[name], two[name]) for name in one)
