@@ -784,8 +784,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
     try:
         state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
         with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
-            if any(name.endswith("dora_scale") for name in names):
+            if "dora_scale" in " ".join(file.keys()):
                 raise ValueError("diffusers cannot read DoRA in kohya's format; give the file in diffusers' format")
         if not any(key.startswith("text_encoder_2.") for key in state):
             raise ValueError("it has no text_encoder_2 part; train the base with --train_text_encoder")
@@ -818,11 +817,10 @@ def load_models(args, weight_dtype, device, unet_weights=True):
             merge_text_encoder_2_lora(encoder, args.text_encoder_2_lora)
         text_encoders.append(encoder.to(weight_dtype))
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
-    subfolder = "vae"
-    if args.pretrained_vae_model_name_or_path:
-        flag, subfolder = "--pretrained_vae_model_name_or_path", None
+    own_vae = "--pretrained_vae_model_name_or_path"
+    place = (None, own_vae) if args.pretrained_vae_model_name_or_path else ("vae", flag)
     options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
-    vae = load_part(args, AutoencoderKL.from_pretrained, subfolder, flag, **options)
+    vae = load_part(args, AutoencoderKL.from_pretrained, *place, **options)
     for model in (vae, *text_encoders, *([unet] if unet_weights else [])):
         model.to(device)
     for model in (vae, unet, *text_encoders):
