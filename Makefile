@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-quick test-slow lint format clean
+.PHONY: demo sweep-demo test test-quick test-slow lint format clean
 
 demo: $(VENV)/installed
-	$(BIN)/python demo/launch.py --output_dir demo/output
+	$(BIN)/python demo/run.py --output_dir demo/output
+
+sweep-demo: $(VENV)/installed
+	$(BIN)/python demo/sweep.py --output_dir demo/output/sweep
 
 test: test-quick test-slow
 

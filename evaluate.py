@@ -24,6 +24,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import string
@@ -51,8 +52,9 @@ AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
 BOOTSTRAP_SAMPLES = 2000  # resamples of the prompts behind every interval
-COPY_QUANTILE = 0.99  # of the held-out images' similarity to their nearest training image: above it is a copy
+COPY_QUANTILE = 0.99  # of the held-out images' correlation with their nearest training image: above it is a copy
 COPY_SHARE = 0.05  # of a model's pictures above that, at the interval's lower end, flags the model
+THUMBNAIL = 16  # side in pixels of what copies are looked for in: where things are and their colours, no detail
 EMBEDDING_BATCH = 32  # images; fixed, so that no embedding depends on who computes it
 
 logger = logging.getLogger("evaluate")
@@ -112,6 +114,7 @@ def make_parser():
     add = parser.add_argument_group("Run").add_argument
     add("--config", is_config_file=True, metavar="FILE", help="YAML file of any of these flags; the command line wins")
     add("--output_dir", required=True, metavar="DIR", help="pictures, metrics.json, per_image.csv, report.html")
+    add("--images_dir", metavar="DIR", help="for the pictures, where several evaluations share the base model's")
     add("--cache_dir", metavar="DIR", help="for downloads and copies of shards")
     add("--report_to", choices=["none", "wandb"], default="none", help="a table of the pictures and the summary")
     return parser
@@ -264,6 +267,8 @@ def list_models(args):
         name = path.stem if path.is_file() and path.name != trainer.LORA_FILE else find_lora(path).parent.name
         taken = sum(m.name.partition(" (")[0] == name for m in models)
         models.append(Model(f"{name} ({taken + 1})" if taken else name, find_lora(path), refiner_lora))
+    if refiner_lora and not args.lora and not args.checkpoints:
+        models.append(Model(refiner_lora.parent.name, None, refiner_lora))
     if args.checkpoints:
         found = trainer.list_checkpoints(args.checkpoints)
         if not found:
@@ -290,11 +295,11 @@ def image_folder(args, model):
     """Where a model's pictures lie; another folder when anything that shapes them changes."""
     flags = "pretrained_model_name_or_path revision variant lora_scale refiner_unet denoising_start resolution "
     flags += "num_inference_steps guidance_scale negative_prompt dtype"
-    if model.lora is None:
+    if model.lora is None and model.refiner_lora is None:
         flags = flags.replace("lora_scale ", "")
     files = [file and file_digest(file) for file in (model.lora, model.refiner_lora)]
     shaped = digest(*(getattr(args, name) for name in flags.split()), *files)
-    return Path(args.output_dir) / "images" / f"{slug(model.name)}-{shaped}"
+    return Path(args.images_dir or Path(args.output_dir) / "images") / f"{slug(model.name)}-{shaped}"
 
 
 def image_path(args, model, prompt, seed):
@@ -348,16 +353,17 @@ class Painter:
         if self.loaded == model:
             return
         parts = [("--lora", self.base, model.lora), ("--refiner_lora", self.refiner, model.refiner_lora)]
-        for flag, pipeline, file in parts:
-            if pipeline is None:
-                continue
+        parts = [part for part in parts if part[1] is not None]
+        for _, pipeline, _ in parts:  # all before any is loaded: the two share text_encoder_2
             pipeline.unload_lora_weights()
+        for flag, pipeline, file in parts:
             if file is None:
                 continue
             name = "lora" if flag == "--lora" else "refiner"
             try:
                 pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
-                pipeline.set_adapters([name], [self.args.lora_scale])
+                scaled = pipeline if flag == "--lora" else pipeline.unet
+                scaled.set_adapters([name], [self.args.lora_scale])
             except Exception as error:  # libraries raise what they like for a LoRA of another base
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
@@ -536,20 +542,45 @@ def diversity_of(embeddings):
     return float(1 - similarity.mean()) if n > 1 else math.nan
 
 
+def make_thumbnails(image):
+    """(3, F) float32 unit vectors, F = 3 · THUMBNAIL²: start, middle and end of the long side, less their means.
+
+    Their product is a correlation. CLIP cannot tell a copy from another picture of the same things; this can, unless
+    the copy is framed anew.
+    """
+    side, pixels = min(image.size), []
+    for share in (0, 0.5, 1):
+        left, top = (round(share * (length - side)) for length in image.size)
+        window = (left, top, left + side, top + side)
+        small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, window)
+        pixels.append(np.asarray(small, dtype=np.float32))
+    pixels = np.stack(pixels)
+    pixels = (pixels - pixels.mean(axis=(1, 2), keepdims=True)).reshape(3, -1)
+    return pixels / np.maximum(np.linalg.norm(pixels, axis=1, keepdims=True), 1e-6)
+
+
+def mirror_thumbnails(thumbnails):
+    """The (…, F) thumbnails of the mirrored pictures."""
+    shape = (*thumbnails.shape[:-1], THUMBNAIL, THUMBNAIL, 3)
+    return thumbnails.reshape(shape)[..., ::-1, :].reshape(thumbnails.shape)
+
+
 @dataclass
 class Reference:
-    """Images of shards with their embeddings; `places` are (shard, offset, size)."""
+    """Images of shards: "SHARD KEY" each, (shard, offset, size), and what they are compared by."""
 
-    keys: list
+    names: list
     places: list
     embeddings: np.ndarray  # (n, D)
+    thumbnails: np.ndarray  # (n, 3, F) float16
 
 
 def embed_shards(state, args, shards):
     """Reference of every usable image in `shards`, kept in output_dir; the processes share the work."""
     paths = trainer.expand_shards(shards)
     opened = [trainer.Shard(path, args.cache_dir or args.output_dir) for path in paths]
-    cached = Path(args.output_dir) / f"shards-{digest(args.clip_model, [(s.path, s.stamp) for s in opened])}.npz"
+    parts = (args.clip_model, THUMBNAIL, [(s.path, s.stamp) for s in opened])
+    cached = Path(args.output_dir) / f"shards-{digest(*parts)}.npz"
     if not cached.exists():
         rows = [(shard, row) for shard in opened for row in trainer.index_shard(shard, "species_list")[0]]
         mine, found = rows[state.process_index :: state.num_processes], []
@@ -560,29 +591,51 @@ def embed_shards(state, args, shards):
             for shard, row in mine[start : start + EMBEDDING_BATCH]:
                 try:
                     images.append(trainer.open_image(shard.read(row["offset"], row["size"]))[0])
-                    kept.append((row["key"], (row["path"], row["offset"], row["size"])))
+                    kept.append((f"{Path(row['path']).name} {row['key']}", (row["path"], row["offset"], row["size"])))
                 except ValueError:  # damaged: the trainer does not train on it either
                     continue
-            found += [(key, place, e) for (key, place), e in zip(kept, clip.embed_images(images) if images else [])]
+            thumbnails = [make_thumbnails(image).astype(np.float16) for image in images]
+            found += zip(*zip(*kept), clip.embed_images(images), thumbnails) if images else []
         found = sorted(gather_object(found), key=lambda item: item[1])
         if not found:
             raise InputError(f"--train_shards: no usable image in {' '.join(shards)}")
         if state.is_main_process:
-            keys, places, embeddings = zip(*found)
+            names, places, embeddings, thumbnails = zip(*found)
+            arrays = {"embeddings": np.stack(embeddings), "thumbnails": np.stack(thumbnails)}
             encoded = io.BytesIO()
-            np.savez(encoded, keys=np.array(keys), places=json.dumps(places), embeddings=np.stack(embeddings))
+            np.savez(encoded, names=np.array(names), places=json.dumps(places), **arrays)
             trainer.write_file(cached, encoded.getvalue())
         state.wait_for_everyone()
     with np.load(cached) as data:
-        return Reference(data["keys"].tolist(), json.loads(str(data["places"])), data["embeddings"])
+        places = json.loads(str(data["places"]))
+        return Reference(data["names"].tolist(), places, data["embeddings"], data["thumbnails"])
 
 
-def nearest(embeddings, reference, itself=False):
-    """(similarity (n,), index (n,)) of the nearest image of `reference`; not itself when they are the same images."""
-    similarity = embeddings @ reference.embeddings.T
-    if itself:
-        np.fill_diagonal(similarity, -1)
-    return similarity.max(axis=1), similarity.argmax(axis=1)
+def find_nearest(vectors, reference, itself=False):
+    """(similarity (n,), index (n,)) of the nearest of `reference` (m, views, F) to each of `vectors` (n, views', F).
+
+    The similarity of two images is that of their most similar views; with `itself`, the two are the same images and
+    none is its own nearest.
+    """
+    views, best = np.float32(reference).reshape(-1, reference.shape[-1]), []
+    for start in range(0, len(vectors), EMBEDDING_BATCH):
+        chunk = np.float32(vectors[start : start + EMBEDDING_BATCH])
+        similarity = (chunk @ views.T).reshape(len(chunk), chunk.shape[1], len(reference), -1).max(axis=(1, 3))
+        if itself:
+            similarity[np.arange(len(chunk)), np.arange(start, start + len(chunk))] = -1
+        best.append((similarity.max(axis=1), similarity.argmax(axis=1)))
+    return tuple(map(np.concatenate, zip(*best)))
+
+
+def compare_with_training(embeddings, thumbnails, reference, itself=False):
+    """{"nearest_similarity", "copy_similarity", "nearest"}: (n,) each, of (n, D) and (n, F) of square pictures.
+
+    By CLIP and by correlation of thumbnails, also mirrored; "nearest" is the index by the latter.
+    """
+    similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
+    both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)
+    correlation, which = find_nearest(both, reference.thumbnails, itself)
+    return {"nearest_similarity": similar, "copy_similarity": correlation, "nearest": which}
 
 
 # ------------------------------------------------------------------------------
@@ -606,9 +659,11 @@ METRICS = {
     "aesthetic": "aesthetic",
     "score": "score",
     "right": "species named right",
-    "nearest_similarity": "similarity to the nearest training image",
+    "nearest_similarity": "CLIP similarity to the nearest training image",
+    "copy_similarity": "correlation with the nearest training image",
     "copy": "copies",
 }
+GROUP_METRICS = ("right", "adherence")  # shown of every tag and species
 
 
 def summarise(models, rows):
@@ -658,9 +713,9 @@ def data_uri(image, side=None):
     return f"data:image/{kind};base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
-def format_interval(entry, metric, signed=False):
+def format_interval(interval, metric, signed=False):
     share = metric in ("right", "copy")
-    mean, low, high = ((100 if share else 1) * entry[key] for key in ("mean", "low", "high"))
+    mean, low, high = ((100 if share else 1) * interval[key] for key in ("mean", "low", "high"))
     digits, sign = (1 if share else 3), ("+" if signed else "")
     unit = " %" if share else ""
     return f"{mean:{sign}.{digits}f}{unit} <small>{low:{sign}.{digits}f} to {high:{sign}.{digits}f}</small>"
@@ -685,20 +740,19 @@ def summary_table(summary, metrics):
     return f"<div class=scroll><table><tr><th>model</th>{head}</tr>{''.join(rows)}</table></div>"
 
 
-def species_table(models, rows, species):
-    """Adherence and share named right, of every species and model."""
-    head = "".join(f"<th>{html.escape(model.name)}</th>" for model in models)
-    lines = []
-    for name in species:
-        cells = []
-        for model in models:
-            own = [row for row in rows if row["model"] == model.name and row["species"] == name]
-            adherence = np.mean([row["adherence"] for row in own])
-            cells.append(
-                f"<td>{100 * np.mean([row['right'] for row in own]):.0f} % <small>{adherence:.3f}</small></td>"
-            )
-        lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
-    return f"<div class=scroll><table><tr><th>species</th>{head}</tr>{''.join(lines)}</table></div>"
+def group_table(title, models, groups):
+    """Groups of prompts down, models across: share named right, and adherence."""
+    if not groups:
+        return ""
+    head, lines = "".join(f"<th>{html.escape(model.name)}</th>" for model in models), []
+    for group, entries in groups.items():
+        shown = [
+            [format_interval(entries[m.name][k], k) for k in GROUP_METRICS if k in entries[m.name]] for m in models
+        ]
+        cells = "".join(f"<td>{'<br>'.join(values)}</td>" for values in shown)
+        lines.append(f"<tr><th>{html.escape(group)}</th>{cells}</tr>")
+    table = f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+    return f"<h2>{title}</h2><p>Species named right, and CLIP adherence.</p><div class=scroll>{table}</div>"
 
 
 def figure(row, gallery, caption=""):
@@ -715,18 +769,19 @@ def figure(row, gallery, caption=""):
 
 
 def picture_grid(models, panel, rows, seeds, gallery):
-    """Prompts down, models across: the first seed at once, the others behind a summary."""
+    """Prompts down, models across: as many seeds as fit a row of 8 at once, the others behind a summary."""
     by_place = {(row["model"], row["prompt_id"], row["seed"]): row for row in rows}
-    sections = []
+    sections, at_once = [], max(1, 8 // len(models))
     for prompt in panel:
         blocks = []
         for seed in seeds:
-            shown = [
+            shown = (
                 figure(by_place[m.name, prompt.id, seed], gallery, f"<b>{html.escape(m.name)}</b> ") for m in models
-            ]
-            blocks.append(f"<div class=row>{''.join(shown)}</div>")
-        more = f"<details><summary>{len(blocks) - 1} more seeds</summary>{''.join(blocks[1:])}</details>"
-        sections.append(f"<h3>{html.escape(prompt.prompt)}</h3>{blocks[0]}{more if len(blocks) > 1 else ''}")
+            )
+            blocks.append("".join(shown))
+        first, rest = (f"<div class=row>{''.join(part)}</div>" for part in (blocks[:at_once], blocks[at_once:]))
+        more = f"<details><summary>{len(blocks) - at_once} more seeds</summary>{rest}</details>"
+        sections.append(f"<h3>{html.escape(prompt.prompt)}</h3>{first}{more if len(blocks) > at_once else ''}")
     return "".join(sections)
 
 
@@ -756,25 +811,30 @@ def curve(models, summary, metric, width=640, height=220):
     )
 
 
+def first_of_each(rows, group_of, count):
+    """The first row of each group, `count` at most: a page of the same picture says no more than one."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(group_of(row), row)
+    return list(groups.values())[:count]
+
+
 def copies_section(rows, reference, held_out, args, gallery, count=8):
     """The outputs most like a training image, beside it."""
     parts = []
-    for row in sorted(rows, key=lambda row: -row["nearest_similarity"])[:count]:
-        path, offset, size = reference.places[row["nearest"]]
+    ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
+    for row in first_of_each(ranked, lambda row: row["nearest"], count):
+        path, offset, size = reference.places[reference.names.index(row["nearest"])]
         shard = trainer.Shard(path, args.cache_dir or args.output_dir)
         image = trainer.open_image(shard.read(offset, size))[0]
-        caption = f"{html.escape(row['model'])}, similarity {row['nearest_similarity']:.3f}"
+        caption = f"{html.escape(row['model'])}, correlation {row['copy_similarity']:.3f}"
         training = f"<figure><img src='{data_uri(image, 320)}' alt='training image'>"
-        training += (
-            f"<figcaption>training image {html.escape(reference.keys[row['nearest']][:40])}</figcaption></figure>"
-        )
+        training += f"<figcaption>training image {html.escape(row['nearest'][:60])}</figcaption></figure>"
         parts.append(f"<div class=row>{figure(row, gallery, caption + '; ')}{training}</div>")
-    note = (
-        f"{held_out['images']} held-out images are {held_out['nearest_similarity']:.3f} like their nearest training "
-    )
-    note += (
-        f"image on average, {100 * COPY_QUANTILE:g} % of them less than {held_out['copy_limit']:.3f}: more is a copy."
-    )
+    note = f"Correlation of {THUMBNAIL} × {THUMBNAIL} px thumbnails, also mirrored. {held_out['images']} held-out "
+    note += f"images have {held_out['copy_similarity']:.3f} with their nearest training image on average, "
+    note += f"{100 * COPY_QUANTILE:g} % of them less than {held_out['copy_limit']:.3f}: more is called a copy. "
+    note += f"By CLIP they are {held_out['nearest_similarity']:.3f} alike."
     return f"<h2>Most like a training image</h2><p>{note}</p><div class=pairs>{''.join(parts)}</div>"
 
 
@@ -810,7 +870,7 @@ $summary
 $curves
 <h2>Pictures</h2>
 $grid
-$species
+$groups
 $extremes
 $copies
 <h2>How this was made</h2>
@@ -820,12 +880,12 @@ $large
 """)
 
 
-def write_report(args, models, panel, rows, summary, reference, held_out, argv):
-    """report.html: one file, no request to anywhere."""
-    gallery, species = {}, sorted({row["species"] for row in rows if row["species"]})
+def write_report(args, models, panel, rows, facts, reference, argv):
+    """report.html of what metrics.json holds (`facts`): one file, no request to anywhere."""
+    gallery, summary = {}, facts["models"]
     metrics = {k: v for k, v in {**METRICS, "diversity": "diversity"}.items() if k in summary[models[0].name]}
     trained = [row for row in rows if row["model"] != models[0].name] or rows
-    ranked = sorted(trained, key=lambda row: row["score"])
+    ranked, prompt_of = sorted(trained, key=lambda row: row["score"]), lambda row: (row["model"], row["prompt_id"])
     grid = picture_grid(models, panel, rows, args.seeds, gallery)
     extremes = "".join(
         f"<h2>{title}</h2><div class=row>"
@@ -834,9 +894,12 @@ def write_report(args, models, panel, rows, summary, reference, held_out, argv):
             for row in chosen
         )
         + "</div>"
-        for title, chosen in (("Best scores", ranked[::-1][:6]), ("Worst scores", ranked[:6]))
+        for title, chosen in (
+            ("Best scores", first_of_each(ranked[::-1], prompt_of, 8)),
+            ("Worst scores", first_of_each(ranked, prompt_of, 8)),
+        )
     )
-    copies = copies_section(trained, reference, held_out, args, gallery) if reference is not None else ""
+    copies = copies_section(trained, reference, facts["held_out"], args, gallery) if reference is not None else ""
     steps = [model for model in models if model.step is not None]
     curves = "".join(
         f"<h2>{METRICS[m]} over steps</h2>{curve(models, summary, m)}"
@@ -851,7 +914,7 @@ def write_report(args, models, panel, rows, summary, reference, held_out, argv):
         summary=summary_table(summary, metrics),
         curves=curves,
         grid=grid,
-        species=f"<h2>Species, named right</h2>{species_table(models, rows, species)}" if "right" in metrics else "",
+        groups=group_table("By tag", models, facts["by_tag"]) + group_table("By species", models, facts["by_species"]),
         extremes=extremes,
         copies=copies,
         command=html.escape(" ".join(["evaluate.py", *map(shlex.quote, argv)])),
@@ -927,12 +990,17 @@ def judge_all(args, state, models, panel):
     scores = score_images(embeddings, prompts, clip, aesthetic, args.score_weights)
     species = sorted({prompt.species for prompt in panel if prompt.species})
     named = name_species(embeddings, species, clip, args.species_prompt) if len(species) > 1 else None
-    similar, known = None, {}
+    similar, known = {}, {}
     if reference is not None:
-        similar = nearest(embeddings, reference)
-        similarity, _ = nearest(held_out.embeddings, reference, itself=held_out is reference)
-        known = {"images": len(similarity), "nearest_similarity": float(similarity.mean())}
-        known["copy_limit"] = float(np.quantile(similarity, COPY_QUANTILE))
+        thumbnails = np.stack([make_thumbnails(Image.open(path))[1] for path in paths])
+        similar = compare_with_training(embeddings, thumbnails, reference)
+        similar["nearest"] = [reference.names[i] for i in similar["nearest"]]
+        middles = held_out.thumbnails[:, 1]
+        alike = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
+        known = {name: float(alike[name].mean()) for name in ("nearest_similarity", "copy_similarity")}
+        known |= {"images": len(middles), "copy_limit": float(np.quantile(alike["copy_similarity"], COPY_QUANTILE))}
+        similar["copy"] = similar["copy_similarity"] > known["copy_limit"]
+        similar = {name: np.asarray(values).tolist() for name, values in similar.items()}
     rows = []
     for i, (model, prompt, seed) in enumerate(jobs):
         row = {"model": model.name, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed}
@@ -940,10 +1008,8 @@ def judge_all(args, state, models, panel):
         row |= {name: float(values[i]) for name, values in scores.items()}
         if named is not None and prompt.species:
             row |= {"named": species[named[i]], "right": species[named[i]] == prompt.species}
-        if similar is not None:
-            row |= {"nearest_similarity": float(similar[0][i]), "nearest": int(similar[1][i])}
-            row["copy"] = row["nearest_similarity"] > known["copy_limit"]
-        rows.append(row | {"file": str(paths[i].relative_to(args.output_dir))})
+        row |= {name: values[i] for name, values in similar.items()}
+        rows.append(row | {"file": os.path.relpath(paths[i], args.output_dir)})
     names = dict.fromkeys(name for row in rows for name in row)
     rows = [{name: row.get(name) for name in names} for row in rows]
     shape = (len(models), len(panel), len(args.seeds), -1)
@@ -974,11 +1040,20 @@ def main(argv=None):
         if "copy" in entry:
             entry["flagged"] = entry["copy"]["low"] > COPY_SHARE
     settings = {k: v for k, v in vars(args).items() if k != "config"}
-    metrics = {"models": summary, "held_out": held_out, "settings": settings, "versions": versions()}
+    tags = list(dict.fromkeys(tag for prompt in panel for tag in prompt.tags))
+    species = sorted({prompt.species for prompt in panel if prompt.species})
+    metrics = {
+        "models": summary,
+        "by_tag": {tag: summarise(models, [r for r in rows if tag in r["tags"].split(", ")]) for tag in tags},
+        "by_species": {name: summarise(models, [r for r in rows if r["species"] == name]) for name in species},
+        "held_out": held_out,
+        "settings": settings,
+        "versions": versions(),
+    }
     trainer.write_file(Path(args.output_dir) / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     write_csv(args, rows)
     write_grid(args, models, panel)
-    write_report(args, models, panel, rows, summary, reference, held_out, argv)
+    write_report(args, models, panel, rows, metrics, reference, argv)
     if args.report_to == "wandb":
         report_to_wandb(args, rows, metrics)
     for name, entry in summary.items():

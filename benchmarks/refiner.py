@@ -6,12 +6,13 @@ It trains the base with both encoders as `make demo` does, then the refiner with
 measures on the five species that neither UNet was pretrained on:
   - the denoising loss in the refiner's band, over fresh drawings, the same noise for the refiner with and without its
     LoRA (and for the stock refiner with the stock encoder);
-  - pictures by the base alone with its LoRA, and by base and refiner with theirs, from the same seeds: the toy CLIP's
-    cosine similarity of picture and prompt, and how many it names right among 16 species.
-Intervals are 95 % of the paired differences, over samples (normal).
+  - pictures by the base alone with its LoRA, and by base and refiner with theirs, from the same noise, judged by
+    evaluate.py: the toy CLIP's similarity of picture and prompt, and how many it names right among 16 species.
+Intervals are 95 %, of the losses over samples (normal), of the pictures over prompts (bootstrap).
 """
 
 import argparse
+import csv
 import json
 import os
 import sys
@@ -23,12 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 from PIL import Image
+from run import EVALUATION, TRAINING, to_words
 from run import HERE as DEMO
-from run import TRAINING, Judge, load_pipeline, wilson
 from world import FACINGS, PLACES, POSES, SPECIES, UNSEEN, Scene, make_dataset, make_sample, write_shards
 
+import evaluate
 import train_sdxl_lora as trainer
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -39,7 +40,7 @@ REFINER_TRAINING = TRAINING | {
     "--lora_target_modules": (*TRAINING["--lora_target_modules"], "conv1", "conv2"),
     "--noise_offset": 0.0,
 }
-IMAGES_PER_SPECIES, INFERENCE_STEPS, GUIDANCE, SWITCH = 60, 20, 2.5, 0.8
+LORAS = ("base with its LoRA", "then the stock refiner", "then the refiner with its LoRA")
 
 
 def train(flags, steps, shards, output_dir, switches=()):
@@ -48,10 +49,7 @@ def train(flags, steps, shards, output_dir, switches=()):
         return output_dir / LORA
     flags = flags | {"--train_shards": shards, "--output_dir": output_dir, "--train_batch_size": 16}
     flags |= {"--pretrained_model_name_or_path": DEMO / "sdxl", "--max_train_steps": steps}
-    words = [*switches, "--resume_from_checkpoint", "latest"]
-    for flag, value in flags.items():
-        words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    trainer.main(words)
+    trainer.main(to_words(flags | dict.fromkeys(switches) | {"--resume_from_checkpoint": "latest"}))
     return output_dir / LORA
 
 
@@ -82,73 +80,47 @@ def band_losses(shard, te2_lora=None, refiner_lora=None):
     return np.array(losses)
 
 
-def make_panel(first_seed):
-    """[(scene, seed)] of the unseen species, scenes in turn."""
+def write_panel(path):
+    """The unseen species in every scene; all 16 are named, so the others have a prompt each too, tagged as such."""
     scenes = [(place, pose, facing) for place in PLACES for pose in POSES for facing in FACINGS]
-    return [
-        (Scene((species,), *scenes[i % len(scenes)], finish=0.9), first_seed + 10_000 * SPECIES.index(species) + i)
-        for species in UNSEEN
-        for i in range(IMAGES_PER_SPECIES)
-    ]
+    rows = []
+    for species in SPECIES:
+        for n, scene in enumerate(scenes[:1] if species.pretrained else scenes):
+            caption = Scene((species,), *scene, finish=0.9).caption()
+            tags = ["pretrained" if species.pretrained else "unseen"]
+            rows.append({"id": f"{species.name}-{n}", "prompt": caption, "species": species.name, "tags": tags})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def generate(panel, base_lora, te2_lora=None, refiner_lora=None, batch_size=50):
-    """(n, 64, 64, 3) uint8 by the base alone, or with `refiner_lora` by both."""
-    base = load_pipeline(base_lora.parent)
-    refiner = None
-    if refiner_lora:
-        refiner = StableDiffusionXLImg2ImgPipeline(
-            vae=base.vae,
-            text_encoder=None,
-            text_encoder_2=base.text_encoder_2,
-            tokenizer=None,
-            tokenizer_2=base.tokenizer_2,
-            unet=UNet2DConditionModel.from_pretrained(DEMO / "refiner/unet", dtype=torch.float32),
-            scheduler=base.scheduler,
-            requires_aesthetics_score=True,
-            force_zeros_for_empty_prompt=False,
-            add_watermarker=False,
-        )
-        refiner.set_progress_bar_config(disable=True)
-        if refiner_lora != "stock":
-            refiner.load_lora_weights(refiner_lora.parent, adapter_name="refiner")
-    images = []
-    for start in range(0, len(panel), batch_size):
-        chunk = panel[start : start + batch_size]
-        prompts = [scene.caption() for scene, _ in chunk]
-        options = {"num_inference_steps": INFERENCE_STEPS, "guidance_scale": GUIDANCE}
-        options["generator"] = [torch.Generator().manual_seed(seed) for _, seed in chunk]
-        if refiner is None:
-            images.append(base(prompts, height=64, width=64, output_type="np", **options).images)
-            continue
-        latents = base(prompts, height=64, width=64, denoising_end=SWITCH, output_type="latent", **options).images
-        images.append(refiner(prompts, image=latents, denoising_start=SWITCH, output_type="np", **options).images)
-    return (np.concatenate(images) * 255).round().astype(np.uint8)
+def draw_and_judge(panel, seeds, folder, base, refiner):
+    """{LORAS: {(prompt id, seed): row}} of the unseen species; `refiner` is the file of its LoRA."""
+    common = EVALUATION | {"--prompts": panel, "--num_inference_steps": 20, "--batch_size": 50}
+    common |= {"--seeds": seeds, "--lora": base}
+    unet = {"--refiner_unet": DEMO / "refiner/unet"}
+    rows = {}
+    for number, (name, flags) in enumerate(zip(LORAS, ({}, unet, unet | {"--refiner_lora": refiner}))):
+        output = folder / f"pictures-{number}"
+        evaluate.main(to_words(common | flags | {"--output_dir": output}))
+        with open(output / "per_image.csv", newline="", encoding="utf-8") as file:
+            found = [row for row in csv.DictReader(file) if row["tags"] == "unseen" and row["model"] != "base model"]
+        rows[name] = {(row["prompt_id"], row["seed"]): row | {"file": output / row["file"]} for row in found}
+    return rows
 
 
-def adherence(judge, panel, images):
-    """(n,) cosine similarity of each picture with its prompt."""
-    import open_clip
-
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{DEMO / 'clip'}")
-    with torch.no_grad():
-        pixels = torch.stack([judge.preprocess(Image.fromarray(image)) for image in images])
-        texts = judge.model.encode_text(tokenizer([scene.caption() for scene, _ in panel]), normalize=True)
-        return (judge.model.encode_image(pixels, normalize=True) * texts).sum(dim=1).numpy()
-
-
-def draw_comparison(panel, images, path, tile=96):
+def draw_comparison(rows, path, tile=96):
     """A row per kind of picture, two columns per species."""
-    chosen = [i for n in range(len(UNSEEN)) for i in (n * IMAGES_PER_SPECIES, n * IMAGES_PER_SPECIES + 7)]
-    sheet = Image.new("RGB", (len(chosen) * tile, len(images) * tile))
-    for row, pictures in enumerate(images.values()):
-        for column, i in enumerate(chosen):
-            picture = Image.fromarray(pictures[i]).resize((tile, tile), Image.Resampling.BICUBIC)
+    chosen = [f"{species.name}-{n}" for species in UNSEEN for n in (0, 7)]
+    first_seed = min(seed for _, seed in rows[LORAS[0]])
+    sheet = Image.new("RGB", (len(chosen) * tile, len(rows) * tile))
+    for row, pictures in enumerate(rows.values()):
+        for column, prompt in enumerate(chosen):
+            picture = Image.open(pictures[prompt, first_seed]["file"]).resize((tile, tile), Image.Resampling.BICUBIC)
             sheet.paste(picture, (column * tile, row * tile))
     sheet.save(path)
 
 
-def main(output_dir, base_steps, refiner_steps, samples, panel_seed):
+def main(output_dir, base_steps, refiner_steps, samples, seeds, first_seed):
     output_dir.mkdir(parents=True, exist_ok=True)
     if not (DEMO / "data/manifests/train_species.csv").exists():
         make_dataset(DEMO / "data")
@@ -172,22 +144,16 @@ def main(output_dir, base_steps, refiner_steps, samples, panel_seed):
     facts = {"band_loss": {name: float(values.mean()) for name, values in losses.items()}}
     facts["band_loss_change"] = {name: interval(trained - values) for name, values in list(losses.items())[:2]}
 
-    panel, judge = make_panel(panel_seed), Judge()
-    images = {
-        "base with LoRA": generate(panel, base),
-        "then the stock refiner": generate(panel, base, base, "stock"),
-        "then the refiner with LoRA": generate(panel, base, base, refiner),
-    }
-    scores = {name: adherence(judge, panel, pictures) for name, pictures in images.items()}
-    facts["adherence"] = {name: float(values.mean()) for name, values in scores.items()}
-    both = scores["then the refiner with LoRA"]
-    facts["adherence_change"] = {name: interval(both - values) for name, values in list(scores.items())[:2]}
-    prompted = np.array([SPECIES.index(scene.creatures[0]) for scene, _ in panel])
-    right = {name: judge.name(pictures) == prompted for name, pictures in images.items()}
-    facts["named_right"] = {name: [int(r.sum()), *wilson(int(r.sum()), len(panel))] for name, r in right.items()}
-    both = right["then the refiner with LoRA"].astype(float)
-    facts["named_right_change"] = {name: interval(both - values) for name, values in list(right.items())[:2]}
-    draw_comparison(panel, images, output_dir / "comparison.png")
+    panel = write_panel(output_dir / "panel.jsonl")
+    rows = draw_and_judge(panel, tuple(range(first_seed, first_seed + seeds)), output_dir, base, refiner)
+    for metric, value_of in (("adherence", float), ("right", lambda text: float(text == "True"))):
+        values = {name: [value_of(row[metric]) for row in found.values()] for name, found in rows.items()}
+        groups = [prompt for prompt, _ in rows[LORAS[0]]]
+        facts[metric] = {name: evaluate.bootstrap(values[name], groups) for name in LORAS}
+        facts[metric + "_change"] = {
+            name: evaluate.bootstrap(np.subtract(values[LORAS[2]], values[name]), groups) for name in LORAS[:2]
+        }
+    draw_comparison(rows, output_dir / "comparison.png")
     (output_dir / "refiner.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
 
@@ -198,6 +164,7 @@ if __name__ == "__main__":
     parser.add_argument("--base_steps", type=int, default=320, metavar="STEPS")
     parser.add_argument("--refiner_steps", type=int, default=1500, metavar="STEPS")
     parser.add_argument("--samples", type=int, default=600, metavar="N", help="fresh drawings for the band's loss")
-    parser.add_argument("--panel_seed", type=int, default=1_000_000, metavar="N", help="seed of the first picture")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pictures of each of 100 prompts")
+    parser.add_argument("--first_seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
-    main(args.output_dir, args.base_steps, args.refiner_steps, args.samples, args.panel_seed)
+    main(args.output_dir, args.base_steps, args.refiner_steps, args.samples, args.seeds, args.first_seed)

@@ -5,7 +5,10 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import socket
+import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ ALONE = SimpleNamespace(
 )
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train_sdxl_lora", "evaluate"])
+_context.set_forkserver_preload(["train_sdxl_lora", "evaluate", "hpo_sweep"])
 
 
 @dataclass
@@ -61,7 +64,8 @@ def _child(script, argv, env, log, setup):
             module = importlib.import_module(script)
             if setup is not None:
                 setup(module)
-            module.main(argv)
+            status = module.main(argv)
+            code = status if isinstance(status, int) else 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
             if isinstance(error.code, str):
@@ -81,10 +85,10 @@ def free_port():
 
 
 def start_trainer(argv, output_dir, processes=1, env=None, setup=None, script="train_sdxl_lora"):
-    """Starts main([*argv, --output_dir …]) in forks; `setup(module)`, picklable, may change the module first."""
+    """Starts main([--output_dir …, *argv]) in forks; `setup(module)`, picklable, may change the module first."""
     output_dir = Path(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    argv = [str(a) for a in argv] + ["--output_dir", str(output_dir)]
+    argv = ["--output_dir", str(output_dir), *map(str, argv)]
     port, children = str(free_port()), []
     for rank in range(processes):
         world = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
@@ -113,3 +117,31 @@ def run_trainer(argv, output_dir, processes=1, env=None, setup=None, timeout=300
 def assert_ok(result):
     assert result.codes == [0] * len(result.codes), result.output[-3000:]
     return result
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FRAME = """<!doctype html><iframe id=f src="page.html" width=WIDTH height=900></iframe><script>
+f.onload = () => {
+  const page = f.contentDocument
+  document.title = [page.documentElement.scrollWidth, MEASURES].join(" ")
+}</script>"""
+
+
+def browse(page, folder, width, *measures):
+    """[scroll width, *JavaScript expressions of `page`, the document] of a file shown `width` px wide in Chromium.
+
+    Asserts that the console stays empty and that nothing is asked of the network.
+    """
+    shutil.copy(page, folder / "page.html")
+    (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)).replace("MEASURES", ", ".join(measures)))
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet += " --disable-component-update --disable-sync --enable-logging=stderr --allow-file-access-from-files"
+    own = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}", "--timeout=20000"]
+    command = [CHROMIUM, *quiet.split(), *own, "--dump-dom", f"file://{folder / 'frame.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    title = re.search(r"<title>(.*?)</title>", shown.stdout)
+    assert title, shown.stdout[:300]
+    assert "CONSOLE" not in shown.stderr
+    requests = set(re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', (folder / "net.json").read_text()))
+    assert not [url for url in requests if "google" not in url], requests  # Chromium's own, refused, go to Google
+    return title[1].split(" ")

@@ -1,12 +1,12 @@
 """evaluate.py: pictures that depend on prompt and seed alone, scores rebuilt by hand, a page that stands alone."""
 
+import copy
 import csv
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,10 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from harness import ROOT, SDXL, assert_ok, run_trainer
-from PIL import Image
+from diffusers import UNet2DConditionModel
+from harness import CHROMIUM, ROOT, SDXL, assert_ok, browse, run_trainer
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from world import draw_scene, sample_scene
 
 import evaluate
 
@@ -101,10 +103,11 @@ def test_two_processes_make_the_same_pictures_and_scores(whole, words, lora, wor
 
 
 def test_the_batch_size_moves_no_pixel_by_more_than_one(whole, words, lora, tmp_path):
-    run([*words, "--lora", lora, "--batch_size", 1], tmp_path / "one")
-    one, two = pictures(tmp_path / "one"), pictures(whole)
-    assert len(one) == 2 * 3 * 2 and one.keys() <= two.keys()
-    assert max(np.abs(one[name] - two[name]).max() for name in one) <= 1
+    for size in (1, 4):
+        run([*words, "--lora", lora, "--batch_size", size], tmp_path / f"of-{size}")
+        found, by_twos = pictures(tmp_path / f"of-{size}"), pictures(whole)
+        assert len(found) == 2 * 3 * 2 and found.keys() <= by_twos.keys()
+        assert max(np.abs(found[name] - by_twos[name]).max() for name in found) <= 1
 
 
 def die_before_batch(number, module):
@@ -168,6 +171,42 @@ def test_a_picture_is_the_stock_pipelines_from_the_cpu_noise_of_prompt_and_seed(
     assert np.abs(own - stock).max() <= 1.5
 
 
+def test_a_refined_picture_is_the_stock_pipelines_with_both_loras(words, panel_file, lora, world, tmp_path):
+    """The two pipelines share text_encoder_2: loading one LoRA must not take the other's away."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+    unet = ROOT / "demo/refiner/unet"
+    argv = ["--pretrained_model_name_or_path", SDXL, "--stage", "refiner", "--refiner_unet", unet, "--rank", 2]
+    argv += ["--train_shards", world / "data/train", "--resolution", 64, "--train_batch_size", 2, "--seed", 1]
+    argv += ["--max_train_steps", 3, "--learning_rate", 0.02, "--report_to", "none", "--mixed_precision", "no"]
+    assert_ok(run_trainer(argv, tmp_path / "refiner"))
+    refined = [*words, "--num_inference_steps", 10, "--refiner_unet", unet, "--refiner_lora", tmp_path / "refiner"]
+    run([*refined, "--lora", lora], tmp_path / "eval")
+    prompt, drawn = evaluate.read_panel(panel_file)[1], {}
+    parts = {"dtype": torch.float32, "add_watermarker": False}
+    base = StableDiffusionXLPipeline.from_pretrained(SDXL, **parts)
+    base.load_lora_weights(lora)
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        base.vae, None, copy.deepcopy(base.text_encoder_2), None, base.tokenizer_2,
+        UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32), base.scheduler,
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(evaluate.noise_seed(prompt, 1)))
+    options = {"num_inference_steps": 10, "guidance_scale": 2.5}
+    size = {"height": 64, "width": 64, "denoising_end": 0.8, "output_type": "latent"}
+    latents = base(prompt.prompt, latents=noise, **size, **options).images
+    for name in ("stock", "with its LoRA"):
+        drawn[name] = refiner(prompt.prompt, image=latents, denoising_start=0.8, output_type="np", **options).images[0]
+        if name == "stock":
+            refiner.load_lora_weights(tmp_path / "refiner", adapter_name="refiner")
+    row = next(
+        r for r in read_rows(tmp_path / "eval") if (r["model"], r["prompt_id"], r["seed"]) == ("run", prompt.id, "1")
+    )
+    own = np.asarray(Image.open(tmp_path / "eval" / row["file"])).astype(float)
+    assert np.abs(own - 255 * drawn["with its LoRA"]).max() <= 1.5
+    assert np.abs(own - 255 * drawn["stock"]).max() > 5
+
+
 # ---- judges
 
 
@@ -229,17 +268,35 @@ def test_a_head_that_runs_code_is_not_loaded(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_copies_are_found_and_new_pictures_are_not():
+def test_copies_are_found_and_new_pictures_are_not(tmp_path):
+    """Copies: re-encoded, softer, another brightness, mirrored, the window cut from a wide image."""
     rng = np.random.default_rng(0)
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
-    train = unit(rng.normal(size=(200, 16)))
-    reference = evaluate.Reference(list(range(200)), [None] * 200, train)
-    copies = unit(train[[3, 7]] + 0.01 * rng.normal(size=(2, 16)))
-    similarity, which = evaluate.nearest(copies, reference)
-    known, _ = evaluate.nearest(train, reference, itself=True)
-    assert which.tolist() == [3, 7] and similarity.min() > np.quantile(known, evaluate.COPY_QUANTILE)
-    fresh, _ = evaluate.nearest(unit(rng.normal(size=(500, 16))), reference)
-    assert (fresh > np.quantile(known, evaluate.COPY_QUANTILE)).mean() < 0.05
+
+    def draw(seed, width=64, height=64):
+        return draw_scene(sample_scene(np.random.default_rng(seed)), np.random.default_rng(seed), width, height)
+
+    train = [draw(seed, 96 if seed % 3 == 0 else 64) for seed in range(200)]
+    flat = np.zeros((200, 4), np.float32)
+    thumbnails = np.stack([evaluate.make_thumbnails(image) for image in train])
+    reference = evaluate.Reference([str(n) for n in range(200)], [None] * 200, flat, thumbnails)
+    known = evaluate.compare_with_training(flat, thumbnails[:, 1], reference, itself=True)["copy_similarity"]
+    limit = np.quantile(known, evaluate.COPY_QUANTILE)
+
+    def share_of_copies(pictures, of=None):
+        middles = np.stack([evaluate.make_thumbnails(picture)[1] for picture in pictures])
+        found = evaluate.compare_with_training(flat[: len(middles)], middles, reference)
+        assert of is None or found["nearest"].tolist() == of
+        return (found["copy_similarity"] > limit).mean()
+
+    for change in (
+        lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+        lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+        ImageOps.mirror,
+        lambda image: Image.fromarray((np.asarray(image) * 0.9 + rng.normal(0, 4, (64, 64, 3)) + 8).astype(np.uint8)),
+    ):
+        assert share_of_copies([change(image) for image in train[1:3]], of=[1, 2]) == 1
+    assert share_of_copies([train[3].crop((0, 0, 64, 64)), train[6].crop((32, 0, 96, 64))], of=[3, 6]) == 1
+    assert share_of_copies([draw(seed) for seed in range(1000, 1200)]) < 0.05
 
 
 def test_diversity_is_the_mean_distance_of_all_pairs():
@@ -277,10 +334,10 @@ def test_all_outputs_are_there_and_agree(whole):
     for name, entry in summary.items():
         own = [float(row["score"]) for row in rows if row["model"] == name]
         assert entry["score"]["mean"] == pytest.approx(np.mean(own)) and entry["score"]["count"] == 6
-        assert {"adherence", "aesthetic", "right", "nearest_similarity", "copy", "diversity"} <= entry.keys()
+        assert {"adherence", "aesthetic", "right", "copy_similarity", "copy", "diversity"} <= entry.keys()
         assert bool(entry["vs_base"]) == (name != "base model")
     held_out = json.loads((whole / "metrics.json").read_text())["held_out"]
-    assert 0 < held_out["nearest_similarity"] < held_out["copy_limit"] <= 1
+    assert 0 < held_out["copy_similarity"] < held_out["copy_limit"] <= 1
     assert f"{held_out['images']} held-out images" in (whole / "report.html").read_text()
     assert Image.open(whole / "grid.png").size[0] == 3 * 128
 
@@ -292,6 +349,12 @@ def test_the_page_asks_nobody_for_anything(whole):
     targets, ids = set(re.findall(r"href='#(p\d+)'", page)), set(re.findall(r"id=(p\d+)", page))
     assert targets == ids
     assert evaluate.html.escape(str(SDXL)) in page  # the command
+
+
+def test_a_page_shows_the_first_of_each_group():
+    rows = [{"prompt": prompt, "rank": rank} for rank, prompt in enumerate("abacab")]
+    assert evaluate.first_of_each(rows, lambda row: row["prompt"], 2) == rows[:2]
+    assert evaluate.first_of_each(rows, lambda row: row["prompt"], 9) == [rows[0], rows[1], rows[3]]
 
 
 def test_checkpoints_make_a_curve(words, lora, tmp_path):
@@ -389,30 +452,13 @@ def test_a_judge_that_does_not_load_or_fit_is_one_line(words, tmp_path, flags, r
 
 # ---- in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FRAME = """<!doctype html><iframe id=f src="report.html" width=WIDTH height=900></iframe><script>
-f.onload = () => {
-  const page = f.contentDocument, box = page.querySelector('.t').getBoundingClientRect()
-  page.querySelector('.t').parentNode.click()
-  const inside = box.width > 60 && box.right <= WIDTH
-  document.title = [page.documentElement.scrollWidth, inside, f.contentWindow.location.hash]
-}</script>"""
-
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_the_page_without_errors_or_requests(whole, tmp_path, width):
-    shutil.copy(whole / "report.html", tmp_path)
-    (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    quiet += " --disable-component-update --disable-sync --enable-logging=stderr --allow-file-access-from-files"
-    own = [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--timeout=20000"]
-    command = [CHROMIUM, *quiet.split(), *own, "--dump-dom", f"file://{tmp_path / 'frame.html'}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    title = re.search(r"<title>(.*?)</title>", shown.stdout)
-    assert title, shown.stdout[:300]
-    page_width, inside, target = title[1].split(",")
-    assert int(page_width) <= width and inside == "true" and target == "#p0"
-    assert "CONSOLE" not in shown.stderr
-    requests = set(re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', (tmp_path / "net.json").read_text()))
-    assert not [url for url in requests if "google" not in url], requests  # Chromium's own, refused, go to Google
+    picture = "page.querySelector('.t')"
+    box, click = f"{picture}.getBoundingClientRect()", f"({picture}.parentNode.click(), f.contentWindow.location.hash)"
+    page_width, picture_width, right, target = browse(
+        whole / "report.html", tmp_path, width, f"{box}.width", f"{box}.right", click
+    )
+    assert float(page_width) <= width and float(picture_width) > 60 and float(right) <= width and target == "#p0"
