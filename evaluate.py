@@ -1050,10 +1050,10 @@ def main(argv=None):
         "settings": settings,
         "versions": versions(),
     }
-    trainer.write_file(Path(args.output_dir) / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     write_csv(args, rows)
     write_grid(args, models, panel)
     write_report(args, models, panel, rows, metrics, reference, argv)
+    trainer.write_file(Path(args.output_dir) / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     if args.report_to == "wandb":
         report_to_wandb(args, rows, metrics)
     for name, entry in summary.items():

@@ -715,35 +715,42 @@ def child_environment(sweep):
 
 def train(sweep, study, trial, folder):
     """Runs the trainer on trial.yaml. Errors: TrialPruned when its validation loss is hopeless."""
-    known = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    seen = set(sorted(reported)[:-1])  # a sweep that died may have left the last one undecided
     sign = -1 if sweep.directions[0] == "maximize" else 1  # the pruner follows the study's direction
 
     def look():
         for step, loss in validation_rows(folder) if len(sweep.directions) == 1 else ():
-            if step in known:
+            if step in seen:
                 continue
-            known.add(step)
-            trial.report(sign * loss, step)
+            seen.add(step)
+            if step not in reported:
+                trial.report(sign * loss, step)
             if sweep.prunes and step < sweep.args.trial_steps and trial.should_prune():
                 raise optuna.TrialPruned(f"validation loss {loss:.5f} at step {step}")
 
+    look()
     command = launch(sweep, "train_sdxl_lora.py", ["--config", str(folder / "trial.yaml")])
     env = child_environment(sweep) | {"WANDB_NAME": folder.name, "WANDB_JOB_TYPE": "trial"}
     watch(start_child(command, folder / "log.txt", env), folder, look)
-    look()
+    look()  # the last rows
     last = validation_rows(folder)
     if last and last[-1][1] != last[-1][1]:
         raise TrialFailed("the validation loss is not a number")
 
 
-def judge(sweep, trial, folder):
-    """[value, …] of the objective, by evaluate.py."""
+def judge(sweep, folder):
+    """Runs evaluate.py on what a trial trained."""
     refiner = sweep.trainer_args.stage == "refiner"
     flags = sweep.evaluation | {"output_dir": str(folder / "evaluation"), "images_dir": str(sweep.folder / "images")}
     flags |= {"refiner_lora": str(folder)} if refiner else {"lora": [str(folder)]}
     command = launch(sweep, "evaluate.py", to_words(flags))
     watch(start_child(command, folder / "log.txt", child_environment(sweep)), folder)
-    *_, entry = json.loads((folder / "evaluation/metrics.json").read_text())["models"].values()
+
+
+def read_values(sweep, trial, path):
+    """[value, …] of the objective, of evaluate.py's metrics.json; the trial gets all its metrics."""
+    *_, entry = json.loads(path.read_text())["models"].values()
     trial.set_user_attr("metrics", {name: entry[name] for name in evaluate.METRICS if name in entry})
     missing = [name for name in sweep.metrics if name not in entry]
     if missing:
@@ -753,11 +760,15 @@ def judge(sweep, trial, folder):
 
 def run_trial(sweep, study, trial, folder):
     """(TrialState, values, reason). Errors: KeyboardInterrupt when told to stop; the trial then stays as it is."""
+    verdict = folder / "evaluation/metrics.json"
     try:
-        train(sweep, study, trial, folder)
+        if not verdict.exists():  # else a sweep died before it could tell
+            train(sweep, study, trial, folder)
         if sweep.metrics is None:
             return TrialState.COMPLETE, [validation_rows(folder)[-1][1]], None
-        return TrialState.COMPLETE, judge(sweep, trial, folder), None
+        if not verdict.exists():
+            judge(sweep, folder)
+        return TrialState.COMPLETE, read_values(sweep, trial, verdict), None
     except optuna.TrialPruned as pruned:
         return TrialState.PRUNED, None, str(pruned)
     except TrialFailed as failed:

@@ -63,8 +63,8 @@ def evaluate(words):
     score = 1 - loss_of(flags, flags["max_train_steps"])
     means = {"score": score, "adherence": score, "aesthetic": 10 * math.log10(flags["learning_rate"]) / -3}
     entry = {name: {"mean": mean, "low": mean, "high": mean} for name, mean in means.items()}
-    (folder / "metrics.json").write_text(json.dumps({"models": {"base model": {}, "trial": entry}}))
     note(folder.parent, did="judged")
+    (folder / "metrics.json").write_text(json.dumps({"models": {"base model": {}, "trial": entry}}))
 
 
 if __name__ == "__main__":

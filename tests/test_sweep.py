@@ -103,7 +103,7 @@ def test_ten_kills_lose_no_trial_run_none_twice_and_change_no_proposal(words, tm
     expected = {t.number: t.params for t in trials_of(whole)}
     assert len(expected) == 12
     for n in range(10):
-        child = start(words("--n_trials", 12), killed)
+        child = start(words("--n_trials", 12), killed, FAKE_STEP_SECONDS="0.08")
         time.sleep(0.4 + 0.17 * (7 * n % 10))
         kill(child)
         wait_until(lambda: not working_in(killed))  # nothing is left behind
@@ -118,8 +118,37 @@ def test_ten_kills_lose_no_trial_run_none_twice_and_change_no_proposal(words, tm
     for t in trials:
         did = [row["did"] for row in done(killed, t.number)]
         assert did.count("judged") == (t.state == TrialState.COMPLETE)
-        # "trained" again when the sweep died between training and telling; then from its last step
+        # "trained" again when the sweep died between training and judging; then from its last step
         assert all(row["step"] == 16 for row in done(killed, t.number) if row["did"] == "trained")
+
+
+def die_before_telling(module):
+    """The sweep dies each time it first wants to tell how a trial ended."""
+    use_fakes(module)
+    tell = module.tell
+
+    def die_once(study, trial, folder, *how):
+        if not (folder / "died").exists():
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        tell(study, trial, folder, *how)
+
+    module.tell = die_once
+
+
+def test_what_ended_but_was_not_told_is_told_and_not_run_again(words, tmp_path):
+    whole, killed, argv = tmp_path / "whole", tmp_path / "killed", words("--n_trials", 8)
+    sweep(argv, whole)
+    for _ in range(8):
+        assert run_trainer(argv, killed, script="hpo_sweep", setup=die_before_telling).codes == [-signal.SIGKILL]
+    sweep(argv, killed)
+    trials, expected = trials_of(killed), trials_of(whole)
+    assert TrialState.PRUNED in [t.state for t in trials]
+    for t, e in zip(trials, expected, strict=True):
+        assert (t.state, t.values, t.params) == (e.state, e.values, e.params)
+        assert t.intermediate_values == e.intermediate_values
+        did = [row["did"] for row in done(killed, t.number)]
+        assert did == (["start", "told to stop"] if t.state == TrialState.PRUNED else ["start", "trained", "judged"])
 
 
 def test_two_workers_on_one_journal_lose_and_double_nothing(words, tmp_path):
