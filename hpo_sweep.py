@@ -37,6 +37,27 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+
+class Stop:
+    """Truthy once SIGTERM, SIGUSR1 or Ctrl-C has come."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.number = None
+
+    def __bool__(self):
+        return self.number is not None
+
+    def receive(self, number, _frame):
+        self.number = number
+
+
+stop = Stop()
+if __name__ == "__main__":
+    for number in stop.NUMBERS:  # here, since the imports below take ten seconds
+        signal.signal(number, stop.receive)
+
 import filelock
 import optuna
 import psutil
@@ -557,27 +578,10 @@ def write_yaml(path, content):
 # ------------------------------------------------------------------------------
 
 
-class Stop:
-    """Truthy once SIGTERM, SIGUSR1 or Ctrl-C has come."""
-
-    def __init__(self):
-        self.number = None
-
-    def __bool__(self):
-        return self.number is not None
-
-    def receive(self, number, _frame):
-        self.number = number
-
-
-stop = Stop()
-
-
 @contextlib.contextmanager
 def stop_signals():
     """Signals mean: let the child save, and leave; outside, they are the caller's again."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, stop.receive) for number in numbers}
+    before = {number: signal.signal(number, stop.receive) for number in stop.NUMBERS}
     try:
         yield
     finally:
@@ -697,6 +701,8 @@ def watch(child, folder, look=lambda: None):
             time.sleep(POLL_SECONDS)
     finally:
         end_child(child)
+    if stop:  # SLURM tells the child too, which may be the first to go
+        raise KeyboardInterrupt
     if child.returncode:
         reason = read_reason(folder / "log.txt", child.returncode)
         killed = re.search(r"Signal 9|SIGKILL|exitcode +: -9", tail_of(folder / "log.txt"))
@@ -734,6 +740,8 @@ def train(sweep, study, trial, folder):
     env = child_environment(sweep) | {"WANDB_NAME": folder.name, "WANDB_JOB_TYPE": "trial"}
     watch(start_child(command, folder / "log.txt", env), folder, look)
     look()  # the last rows
+    if not (folder / f"checkpoint-{sweep.args.trial_steps}").exists():
+        raise TrialKilled("told to stop from outside before its last step")
     last = validation_rows(folder)
     if last and last[-1][1] != last[-1][1]:
         raise TrialFailed("the validation loss is not a number")

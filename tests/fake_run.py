@@ -50,7 +50,7 @@ def train(words):
         if flags["rank"] == 3 and step > 2:
             os.kill(os.getpid(), signal.SIGKILL)
     saved.write_text(str(step))
-    (folder / "checkpoint-1").mkdir(exist_ok=True)
+    (folder / f"checkpoint-{step}").mkdir(exist_ok=True)
     (folder / "pytorch_lora_weights.safetensors").write_text("")
     note(folder, did="told to stop" if told else "trained", step=step)
 

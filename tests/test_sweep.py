@@ -208,6 +208,28 @@ def test_a_signal_saves_the_trial_and_the_same_command_goes_on(number, words, tm
     assert done(folder, 0)[2]["step"] == done(folder, 0)[1]["step"] > 0
 
 
+def test_a_trainer_that_somebody_stopped_has_not_finished_its_trial(words, tmp_path):
+    folder = tmp_path / "sweep"
+    child = start(words("--n_trials", 1), folder, FAKE_STEP_SECONDS="0.1")
+    wait_until(lambda: (folder / "trial-0000/metrics.jsonl").exists())
+    os.kill(done(folder, 0)[0]["pid"], signal.SIGTERM)  # it saves and exits with 0
+    child.join(20)
+    stopped, again = trials_of(folder)
+    assert stopped.state == TrialState.FAIL and "told to stop from outside" in stopped.user_attrs["reason"]
+    assert again.state == TrialState.COMPLETE and again.user_attrs["retry_of"] == 0
+    assert [row["did"] for row in done(folder, 0)] == ["start", "told to stop", "start", "trained", "judged"]
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_imports_is_not_lost(words, tmp_path):
+    argv = [sys.executable, ROOT / "hpo_sweep.py", "--output_dir", tmp_path / "sweep", *words("--n_trials", 40)]
+    child = subprocess.Popen([*map(str, argv)], env=os.environ | {"PREEMPT_FILE": str(tmp_path / "told")})
+    time.sleep(2)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(120) == 0
+    assert (tmp_path / "told").exists() and not trials_of(tmp_path / "sweep")
+
+
 def test_a_worker_of_another_machine_is_dead_when_it_gives_no_sign(tmp_path, monkeypatch):
     folder = tmp_path / "trial-0000"
     folder.mkdir()
