@@ -358,7 +358,7 @@ def test_val_loss_needs_no_pictures(words, tmp_path):
 def test_weights_are_kept_of_the_best_alone(words, tmp_path):
     sweep(words("--n_trials", 6, "--pruner", "none", "--keep_trials", 2), tmp_path / "sweep")
     best = sorted(trials_of(tmp_path / "sweep"), key=lambda t: -t.value)
-    kept = [t.number for t in best if (tmp_path / f"sweep/trial-{t.number:04d}/checkpoint-1").exists()]
+    kept = [t.number for t in best if (tmp_path / f"sweep/trial-{t.number:04d}/checkpoint-16").exists()]
     weights = [t.number for t in best if list((tmp_path / f"sweep/trial-{t.number:04d}").glob("*.safetensors"))]
     assert kept == weights == [t.number for t in best[:2]]
     assert all((tmp_path / f"sweep/trial-{n:04d}/metrics.jsonl").exists() for n in range(6))

@@ -1,0 +1,107 @@
+"""accelerate_configs/*.sbatch, as shipped, on a real SLURM: what interrupts a run neither ends nor changes it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Result, assert_ok, run_trainer
+from slurm_cluster import call, cluster
+from test_checkpoints import assert_same_run
+from test_faults import rows
+
+# Under work (issue 8): after the first requeue the job stays COMPLETING on this cluster and is not started again.
+pytestmark = pytest.mark.skip(reason="under work: the test cluster does not restart a requeued job yet")
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with cluster(tmp_path_factory.mktemp("slurm")):
+        yield
+
+
+def submit(script, argv, log, *options):
+    """Job id of a shipped batch script, submitted from the repository with the environment that pytest runs in."""
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    words = ["sbatch", "--parsable", f"--output={log}", *options, ROOT / "accelerate_configs" / script, *argv]
+    done = subprocess.run([*map(str, words)], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def state(job):
+    """(state, restarts) of a job."""
+    shown = call("scontrol", "show", "job", "-o", job)
+    return re.search(r"JobState=(\w+)", shown)[1], int(re.search(r"Restarts=(\d+)", shown)[1])
+
+
+def wait_for(condition, log, seconds=180):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, log.read_text()[-4000:] if log.exists() else "no log"
+        time.sleep(0.2)
+
+
+def wait_for_restart(job, number, log):
+    """Waits until a job was queued again, and lets it start without SLURM's pause of two minutes."""
+
+    def again():
+        if state(job)[1] >= number:
+            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
+            return state(job)[0] == "RUNNING"
+        return False
+
+    wait_for(again, log)
+
+
+def steps_saved(run):
+    return sorted(json.loads(path.read_text())["step"] for path in run.glob("checkpoint-*/progress.json"))
+
+
+def test_time_limit_signal_and_preemption_leave_the_run_as_if_nothing_had_been(slurm, flags, tmp_path):
+    argv = [*flags, "--max_train_steps", STEPS, "--checkpointing_steps", 10 * STEPS]
+    run, log = tmp_path / "run", tmp_path / "log"
+    # SLURM looks at the limits every half a minute or so: the signal comes 20 to 80 s after the start
+    limits = ("--nodes=2", "--cpus-per-task=1", "--time=3", "--signal=B:USR1@130")
+    job = submit("slurm.sbatch", ["--output_dir", run, *argv], log, *limits)
+    wait_for_restart(job, 1, log)
+    first = steps_saved(run)
+    call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+    before = rows(run)
+    wait_for(lambda: rows(run) > before + 3, log)
+    call("scancel", "--batch", "--signal=USR1", job)
+    wait_for_restart(job, 2, log)
+
+    before = rows(run)
+    wait_for(lambda: rows(run) > before + 3, log)
+    call("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    wait_for_restart(job, 3, log)
+
+    wait_for(lambda: state(job)[0] == "COMPLETED", log, 300)
+    told = log.read_text()
+    assert state(job) == ("COMPLETED", 3) and told.count("saved; queued again") == 3, told[-4000:]
+    assert told.count("resumed from") == 3 and "of 2 processes" in told
+    saved = steps_saved(run)
+    assert len(first) == 1 and 0 < first[0] < saved[1] < saved[2] < saved[-1] == STEPS
+    assert not list(ROOT.glob(".preempted-*"))
+    whole = assert_ok(run_trainer(argv, tmp_path / "whole", processes=2))
+    assert_same_run(whole, Result([0], [told], run), step=STEPS)
+
+
+def test_what_a_user_cancels_stays_cancelled(slurm, flags, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = ["--output_dir", run, *flags, "--max_train_steps", 10 * STEPS]
+    job = submit("slurm.sbatch", argv, log, "--nodes=2", "--cpus-per-task=1")
+    wait_for(lambda: rows(run) > 3, log)
+    call("scancel", job)
+    wait_for(lambda: state(job)[0] == "CANCELLED", log)
+    time.sleep(5)
+    assert state(job) == ("CANCELLED", 0)
+    assert len(steps_saved(run)) == 1  # the work until then is not lost
