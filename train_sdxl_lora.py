@@ -2283,8 +2283,8 @@ def write_checkpoint(accelerator, output_dir, progress):
     if fault is None and accelerator.is_main_process:
         fault = fault_of(lambda: complete_checkpoint(partial, final, progress))
     fault = broadcast_object_list([fault])[0]
-    if fault and accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+    if accelerator.is_local_main_process:
+        shutil.rmtree(partial, ignore_errors=True)  # what was not written, or of a machine with a folder of its own
     return fault
 
 

@@ -14,6 +14,7 @@ and the same command again continues a run that ended early. --dry_run prints th
 """
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -25,14 +26,8 @@ from datetime import datetime
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-SENT = (
-    "train_sdxl_lora.py",
-    "hpo_sweep.py",
-    "evaluate.py",
-    "requirements.txt",
-    "accelerate_configs",
-    "sagemaker/entry.py",
-)
+SCRIPTS = {"train": "train_sdxl_lora.py", "hpo": "hpo_sweep.py", "evaluate": "evaluate.py"}
+SENT = (*SCRIPTS.values(), "requirements.txt", "accelerate_configs", "sagemaker/entry.py")
 CONTAINERS = ("--output_dir", "--resume_from_checkpoint", "--overwrite_output_dir")  # flags that entry.py gives
 SECRET_NAME = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 SECRET_FILE = re.compile(r"^\.env|netrc|credential|secret|\.pem$|\.key$|^id_[a-z0-9]+$", re.IGNORECASE)
@@ -105,7 +100,7 @@ def read_pairs(parser, flag, words):
     return dict(word.split("=", 1) for word in words)
 
 
-def check_args(parser, args, words):
+def check_args(parser, args):
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9-]{0,46}", args.run_name):
         parser.error(f"--run_name: found {args.run_name}; expected up to 47 letters, digits and hyphens")
     if args.instance_count < 1 or (args.instance_count > 1 and args.mode != "train"):
@@ -133,11 +128,19 @@ def check_args(parser, args, words):
             parser.error(
                 f"--env: {variable} looks like a secret and would stand in the request; use --secret {variable}=ID"
             )
-    for word in words:
-        if word.split("=")[0] in CONTAINERS:
-            parser.error(f"{word.split('=')[0]}: the container gives it, see --run_name; leave it out")
-        if word.split("=")[0] == "--hub_token":
+
+
+def check_words(parser, script, words):
+    """Finds here, not after minutes of a machine's start, which flags a script does not have or may not be given."""
+    known = set(re.findall(r'"(--[a-z]\w*)"', (PROJECT / script).read_text()))
+    for flag in [word.split("=")[0] for word in words if word.startswith("--")]:
+        if flag in CONTAINERS:
+            parser.error(f"{flag}: the container gives it, see --run_name; leave it out")
+        if flag == "--hub_token":
             parser.error("--hub_token: would stand in the request; use --secret HF_TOKEN=ID")
+        if flag.replace("--no-", "--") not in known:
+            near = difflib.get_close_matches(flag, known, 1)
+            parser.error(f"{flag}: {script} has no such flag" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def parse_args(argv=None):
@@ -148,7 +151,10 @@ def parse_args(argv=None):
     args = parser.parse_args(own)
     if not words:
         parser.error("--: found no flags of the script; give them after --, say -- --max_train_steps 1000")
-    check_args(parser, args, words)
+    check_args(parser, args)
+    split = words.index("--") if "--" in words else len(words)  # a sweep's own flags, and the trainer's
+    check_words(parser, SCRIPTS[args.mode], words[:split])
+    check_words(parser, SCRIPTS["train"], words[split + 1 :])
     args.max_wait_hours = args.max_wait_hours or MAX_SPOT_WAIT * args.max_run_hours
     return args, words
 
@@ -170,10 +176,10 @@ def find_files(args, words):
     for path in files:
         if not path.is_file():
             raise ValueError(f"--include: no file {path}")
-        if not path.is_relative_to(PROJECT):
-            raise ValueError(f"{path}: lies outside of {PROJECT}; copy it there and give its relative path")
         if SECRET_FILE.search(path.name):
             raise ValueError(f"{path}: looks like it holds secrets; give the container a --secret instead")
+        if not path.is_relative_to(PROJECT):
+            raise ValueError(f"{path}: lies outside of {PROJECT}; copy it there and give its relative path")
     return sorted({path.relative_to(PROJECT) for path in files})
 
 
@@ -338,9 +344,17 @@ def main(argv=None):
     return job.training_job_name
 
 
-if __name__ == "__main__":
+def run():
+    """Exit status of main(); what is wrong is one line."""
     try:
         main()
-    except ValueError as error:
-        print(f"submit.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:
+        if not isinstance(error, ValueError) and not type(error).__module__.startswith(("botocore", "boto3")):
+            raise
+        print("submit.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -87,14 +87,14 @@ def cluster(folder):
     host = socket.gethostname().partition(".")[0]
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, port=port, port1=port1, port2=port2))
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    munge = None
+    munge, quiet = None, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # they have log files
     subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "/run/munge"], check=True)
     if not Path("/run/munge/munge.socket.2").is_socket():
-        munge = subprocess.Popen(["runuser", "-u", "munge", "--", shutil.which("munged"), "--foreground"])
+        munge = subprocess.Popen(["runuser", "-u", "munge", "--", shutil.which("munged"), "--foreground"], **quiet)
     daemons = []
     try:
-        daemons += [subprocess.Popen(["slurmctld", "-D", "-c"])]
-        daemons += [subprocess.Popen(["slurmd", "-D", "-N", node]) for node in ("n1", "n2")]
+        daemons += [subprocess.Popen(["slurmctld", "-D", "-c"], **quiet)]
+        daemons += [subprocess.Popen(["slurmd", "-D", "-N", node], **quiet) for node in ("n1", "n2")]
         end = time.monotonic() + 60
         while (
             subprocess.run(["sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D"], capture_output=True).stdout
