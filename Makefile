@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SAGEMAKER := $(VENV)-sagemaker
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo sweep-demo test test-quick test-slow lint format clean
+.PHONY: demo sweep-demo test test-quick test-slow test-sagemaker lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python demo/run.py --output_dir demo/output
@@ -19,6 +20,9 @@ test-quick: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-sagemaker: $(SAGEMAKER)/installed
+	$(SAGEMAKER)/bin/python -m pytest --noconftest tests/test_submit.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -35,4 +39,12 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+# The SDK asks for other versions of much that the scripts use.
+$(SAGEMAKER)/installed: requirements.txt sagemaker/requirements.txt
+	$(PYTHON) -m venv $(SAGEMAKER)
+	$(SAGEMAKER)/bin/python -m pip install --quiet --upgrade pip
+	grep -E '^(pytest|moto\[.*\])==' requirements.txt | \
+		$(SAGEMAKER)/bin/python -m pip install --quiet -r sagemaker/requirements.txt -r /dev/stdin
 	touch $@

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Result, assert_ok, run_trainer
+from harness import ROOT, SDXL, Result, assert_ok, run_trainer
 from slurm_cluster import call, cluster, why_not
 from test_checkpoints import assert_same_run
 from test_faults import rows
+from test_sweep import trials_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 STEPS = 1000
@@ -105,3 +106,22 @@ def test_what_a_user_cancels_stays_cancelled(slurm, flags, tmp_path):
     time.sleep(5)
     assert state(job) == ("CANCELLED", 0)
     assert len(steps_saved(run)) == 1  # the work until then is not lost
+
+
+def test_workers_of_a_sweep_are_an_array_and_each_can_be_interrupted_alone(slurm, world, tmp_path):
+    folder, log = tmp_path / "sweep", tmp_path / "log-%a"
+    argv = ["--output_dir", folder, "--objective", "val_loss", "--n_trials", 2, "--trial_steps", 300]
+    argv += ["--", "--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train", "--resolution", 64]
+    argv += ["--val_shards", world / "data/val", "--train_batch_size", 2, "--mixed_precision", "no"]
+    job = submit("slurm_sweep.sbatch", argv, log, "--array=1-2", "--cpus-per-task=1")
+    logs = {worker: tmp_path / f"log-{worker}" for worker in (1, 2)}
+    trials = [folder / f"trial-{number:04d}" for number in (0, 1)]
+    wait_for(lambda: all(rows(trial) for trial in trials), logs[1])
+    call("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    wait_for_restart(f"{job}_2", 1, logs[2])
+    wait_for(lambda: [state(f"{job}_{worker}")[0] for worker in logs] == ["COMPLETED"] * 2, logs[2], 300)
+    assert [state(f"{job}_{worker}")[1] for worker in logs] == [0, 1]
+    assert [read(logs[worker]).count("saved; queued again") for worker in logs] == [0, 1]
+    assert [trial.state.name for trial in trials_of(folder)] == ["COMPLETE", "COMPLETE"]
+    told = [(trial / "log.txt").read_text(errors="replace").count("resumed from") for trial in trials]
+    assert sorted(told) == [0, 1], told
