@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_time_limit_signal_and_preemption_leave_the_run_as_if_nothing_had_been(s
     assert told.count("resumed from") == 3 and told.count("of 2 processes") == 4 and told.count(" USR1\n") == 2
     saved = steps_saved(run)
     assert len(first) == 1 and 0 < first[0] < saved[1] < saved[2] < saved[-1] == STEPS
-    assert not list(ROOT.glob(".preempted-*"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"preempted-{job}*"))
     whole = assert_ok(run_trainer(argv, tmp_path / "whole", processes=2))
     assert_same_run(whole, Result([0], [told], run), step=STEPS)
 
