@@ -177,18 +177,32 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image, ImageDraw, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from webdataset.shardlists import expand_urls
 
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# --gradient_checkpointing → bytes that a 1024 px image's activations take in SDXL's UNet in 16 bits, counted
+ACTIVATION_BYTES = {"none": 5.8e9, "blocks": 1.0e9, "full": 0.55e9}
+RECOMPILE_LIMIT = 512  # graphs a block may have under --compile: two widths for every shape of --crop bucket
 UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is taken when classes are balanced
 AESTHETIC_SCORE = 6.0  # of an image without one: what the stock refiner pipeline gives every picture
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
@@ -198,6 +212,9 @@ IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, befor
 READ_AHEAD = 1 << 17  # bytes that indexing reads at once
 IO_THREADS = 16  # reads over the network that a process keeps under way
 STAMP_SECONDS = 60  # how often a shard on the network is asked whether it changed
+CACHE_ROWS = 64  # samples in a file of --cache_latents or --cache_text_embeddings
+MAX_OPEN_CACHES = 256  # of these files, memory-mapped, that a process keeps open
+VAE_PIXELS = 1 << 20  # that the VAE encodes at once: at 1024 px an image takes 2.7 GB in fp32 for a moment
 INDEX_VERSION = 3  # part of the index cache's key: raise it when a column changes
 IN_TABLE = "row of the dataset"  # in place of a path: the bytes are in a table of --dataset_name
 MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads 225 tokens at most
@@ -288,10 +305,15 @@ def add_model_arguments(parser):
     add("--text_encoder_alpha", type=float, metavar="A", help="LoRA alpha on the encoders; their rank by default")
     add("--vae_precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="SDXL's own VAE overflows in fp16")
     add("--base_precision", choices=["auto", "nf4", "int8"], default="auto",
-        help="of the frozen UNet; auto is --mixed_precision")
-    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, a third more time")
-    add("--attention_backend", default="sdpa", metavar="NAME", help="attention kernel")
-    add("--compile", **switch, help="compile the UNet's repeated blocks")
+        help="of the frozen UNet's linear layers; auto is --mixed_precision; nf4 and int8 need bitsandbytes")
+    add("--gradient_checkpointing", nargs="?", const="full", default="none", metavar="MODE",
+        type=lambda mode: {"true": "full", "false": "none"}.get(mode, mode), choices=[*ACTIVATION_BYTES, "auto"],
+        help="recompute activations, less memory for a third more time: of the transformer blocks, full (which the "
+        "flag alone means), or auto: as little as the GPU's free memory allows")
+    add("--attention_backend", choices=["sdpa", *SDPA_BACKENDS, "xformers"], default="sdpa",
+        help="of the UNet; sdpa is PyTorch's own choice")
+    add("--compile", **switch, help="compile the UNet's transformer blocks, once per shape of a batch; "
+        "where that fails it goes on uncompiled")
 
 
 def add_data_arguments(parser):
@@ -310,7 +332,7 @@ def add_data_arguments(parser):
     add("--max_train_samples", type=int, metavar="N", help="train on N samples only, chosen by --seed")
     add("--max_bad_fraction", type=float, default=0.05, metavar="P",
         help="end the run when more of the samples are damaged")
-    add("--cache_dir", metavar="DIR", help="for downloads, shard copies and the data index; --output_dir by default")
+    add("--cache_dir", metavar="DIR", help="for downloads, shard copies, index and encodings; --output_dir by default")
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
     add("--crop", choices=["random_ar", "center", "bucket"],
         help="random_ar by default (refiner: center): a square near the middle of the long side; "
@@ -335,7 +357,7 @@ def add_data_arguments(parser):
     add("--train_batch_size", type=int, default=16, metavar="N", help="images per device and micro-step")
     add("--dataloader_num_workers", type=int, metavar="N",
         help="image-decoding processes per device; by the machine's cores by default")
-    add("--cache_latents", **switch, help="encode every image once")
+    add("--cache_latents", **switch, help="encode every image once, to CACHE_DIR/encodings; not with --crop random_ar")
 
 
 def add_conditioning_arguments(parser):
@@ -347,7 +369,8 @@ def add_conditioning_arguments(parser):
         help="captions over 75 tokens: cut, or encoded in chunks of 75, up to 225, and concatenated")
     add("--dropped_caption", choices=["zeros", "empty"],
         help="what stands for a dropped caption; zeros by default (refiner: empty)")
-    add("--cache_text_embeddings", **switch, help="encode every caption once")
+    add("--cache_text_embeddings", **switch,
+        help="encode every caption once, to CACHE_DIR/encodings; not with --train_text_encoder")
 
 
 def add_loss_arguments(parser):
@@ -558,20 +581,6 @@ def default_workers(local_world):
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
-def check_not_yet(parser, args):
-    """Ends with one line for flags whose work is planned but not done."""
-    planned = {
-        "--cache_latents": args.cache_latents,
-        "--cache_text_embeddings": args.cache_text_embeddings,
-        "--compile": args.compile,
-        f"--attention_backend {args.attention_backend}": args.attention_backend != "sdpa",
-        f"--base_precision {args.base_precision}": args.base_precision != "auto",
-    }
-    for flag, asked in planned.items():
-        if asked:
-            parser.error(f"{flag}: not yet in this version; leave it out")
-
-
 def check_values(parser, args):
     """Ends with one line for values out of range and flags that contradict each other."""
     positive = (
@@ -613,6 +622,12 @@ def check_values(parser, args):
         parser.error(f"--report_to: {args.report_to} is not installed; found all, none, {', '.join(trackers)}")
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
+    if args.cache_text_embeddings and args.train_text_encoder:
+        parser.error(
+            "--cache_text_embeddings: contradicts --train_text_encoder, whose embeddings change; give one of them"
+        )
+    if args.base_precision != "auto" and args.use_dora:
+        parser.error(f"--base_precision: {args.base_precision} has no weights for --use_dora to take the norms of")
     sources = [f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name)]
     if len(sources) != 1:
         found = " and ".join(sources) or "none"
@@ -694,12 +709,13 @@ def parse_args(argv=None):
     """The checked flags, read-only from here on; defaults that depend on other flags are filled in."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    check_not_yet(parser, args)
     check_values(parser, args)
     check_stage(parser, args)
     check_paths(parser, args)
     refiner = args.stage == "refiner"
     args.crop = args.crop or ("center" if args.center_crop or refiner else "random_ar")
+    if args.cache_latents and args.crop == "random_ar":
+        parser.error("--cache_latents: --crop random_ar moves the window at every step; give --crop center or bucket")
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     args.dropped_caption = args.dropped_caption or ("empty" if refiner else "zeros")
     if args.snr_gamma is None:
@@ -733,6 +749,7 @@ class Models:
     timestep_band: tuple  # (lowest, highest) that is trained on
     stage: str = "base"
     caption_chunks: int = 1  # pieces of 75 tokens that every caption is encoded in
+    empty_prompt: tuple | None = None  # prompt_embeds and pooled_prompt_embeds of "", for cached captions
     base_pipeline: StableDiffusionXLPipeline | None = None  # begins the refiner's sample pictures; waits on the CPU
 
 
@@ -798,7 +815,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
 
 
 def load_models(args, weight_dtype, device, unet_weights=True):
-    """Models of --stage, frozen: UNet and encoders in `weight_dtype`, VAE in --vae_precision.
+    """Models of --stage, frozen: UNet (still on the CPU) and encoders in `weight_dtype`, VAE in --vae_precision.
 
     Without `unet_weights` the UNet is made from its configuration on the meta device. Errors: InputError naming the
     flag when a part does not load.
@@ -821,7 +838,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
     place = (None, own_vae) if args.pretrained_vae_model_name_or_path else ("vae", flag)
     options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
     vae = load_part(args, AutoencoderKL.from_pretrained, *place, **options)
-    for model in (vae, *text_encoders, *([unet] if unet_weights else [])):
+    for model in (vae, *text_encoders):
         model.to(device)
     for model in (vae, unet, *text_encoders):
         model.requires_grad_(False).eval()
@@ -860,6 +877,29 @@ def load_base_pipeline(args, models, weight_dtype):
     return pipeline
 
 
+def fingerprint_parts(*parts):
+    """Hash of the first numbers of every tensor of frozen models: other models have another."""
+    heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
+    return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
+
+
+class FusedLora(lora.Linear):
+    """PEFT's LoRA layer with fp32 masters that computes in its input's dtype, its sum in the product's own kernel.
+
+    State-dict keys stay, and so do the gradients but for rounding.
+    """
+
+    def forward(self, x, *args, **kwargs):
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        down, up = (factor[name].weight.to(x.dtype) for factor in (self.lora_A, self.lora_B))
+        hidden = F.linear(self.lora_dropout[name](x), down)
+        result = self.base_layer(x, *args, **kwargs)
+        flat = result.flatten(0, -2), hidden.flatten(0, -2)
+        return torch.addmm(*flat, up.t(), alpha=self.scaling[name]).view_as(result)
+
+
 class CastLinear(torch.nn.Linear):
     """A Linear with fp32 master weights that computes in its input's dtype; state-dict keys and gradients stay."""
 
@@ -869,7 +909,7 @@ class CastLinear(torch.nn.Linear):
 
 
 # Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
-def add_adapter(model, targets, flag, **lora):
+def add_adapter(model, targets, flag, **options):
     """Puts fp32 LoRA masters on the layers of `model` named by `targets`.
 
     Without autocast the frozen layers compute in their own dtype and the adapters' weights are cast to it: the
@@ -880,13 +920,16 @@ def add_adapter(model, targets, flag, **lora):
         if not any(name == target or name.endswith("." + target) for name in names):
             raise InputError(f"{flag}: no layer of {type(model).__name__} is called {target}")
     try:
-        model.add_adapter(LoraConfig(target_modules=list(targets), init_lora_weights="gaussian", **lora))
+        model.add_adapter(LoraConfig(target_modules=list(targets), init_lora_weights="gaussian", **options))
     except ValueError as error:
         raise InputError(f"{flag}: {' '.join(targets)}: not all of these layers can take an adapter") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        if type(layer) is lora.Linear and not layer.lora_variant:  # DoRA is one
+            layer.__class__ = FusedLora
+            continue
         adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
         if all(type(linear) is torch.nn.Linear for linear in adapters):
             layer.cast_input_dtype_enabled = False
@@ -912,11 +955,117 @@ def add_adapters(args, models, seed):
                 layers -= 1
             add_adapter(encoder, targets, "--train_text_encoder", layers_to_transform=list(range(layers)), **kind)
             trained[name] = encoder
-    if args.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
-        for encoder in models.text_encoders if args.train_text_encoder else ():
-            encoder.gradient_checkpointing_enable()
     return trained
+
+
+# ---- speed and memory: nothing here changes what is computed, beyond rounding
+
+
+def quantize_linears(model, precision, compute_dtype):
+    """Replaces the linear layers by bitsandbytes' in "nf4" (arXiv:2305.14314) or "int8"; .to(device) quantizes them.
+
+    Errors: InputError when the package is missing.
+    """
+    try:
+        import bitsandbytes.nn as bnb
+    except ImportError as error:
+        raise InputError(f"--base_precision: {precision} needs bitsandbytes, which does not load: {error}") from error
+    for parent in list(model.modules()):
+        for name, linear in parent.named_children():
+            if type(linear) is not torch.nn.Linear:
+                continue
+            shape, frozen = (
+                (linear.in_features, linear.out_features, linear.bias is not None),
+                {"requires_grad": False},
+            )
+            if precision == "nf4":
+                small = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+                small.weight = bnb.Params4bit(linear.weight.data, quant_type="nf4", **frozen)
+            else:
+                small = bnb.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+                small.weight = bnb.Int8Params(linear.weight.data, has_fp16_weights=False, **frozen)
+            small.bias = linear.bias
+            setattr(parent, name, small)
+
+
+class SdpaAttention(AttnProcessor2_0):
+    """diffusers' attention with one of PyTorch's kernels, also where a checkpointed block computes it again."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+
+    def __call__(self, *args, **kwargs):
+        with sdpa_kernel(self.backend):
+            return super().__call__(*args, **kwargs)
+
+
+def set_attention(unet, name):
+    """Makes the UNet attend with --attention_backend `name`. Errors: InputError when that cannot run here."""
+    if name == "sdpa":
+        return
+    try:
+        if name == "xformers":
+            unet.enable_xformers_memory_efficient_attention()
+        else:
+            unet.set_attn_processor(SdpaAttention(SDPA_BACKENDS[name]))
+        attention = next(module for module in unet.modules() if isinstance(module, Attention))
+        attention(torch.zeros(1, 16, attention.query_dim, device=unet.device, dtype=unet.dtype)).sum()
+    except Exception as error:  # whatever the kernels and their packages raise
+        where, reason = f"{unet.device.type} in {unet.dtype}", " ".join(str(error).split())[:200]
+        raise InputError(f"--attention_backend: {name} does not run here, on {where}: {reason}") from error
+
+
+def choose_checkpointing(mode, device, batch_size, resolution):
+    """--gradient_checkpointing `mode`, for "auto" the least that leaves a fifth of the GPU's free memory free."""
+    if mode != "auto":
+        return mode
+    if device.type != "cuda":
+        return "none"
+    free, images = torch.cuda.mem_get_info(device)[0], batch_size * resolution**2 / 1024**2
+    return next((mode for mode, size in ACTIVATION_BYTES.items() if images * size < 0.8 * free), "full")
+
+
+def set_checkpointing(unet, mode, dropout):
+    """Recomputes activations in the backward, all or those of the transformer blocks; `dropout` repeats its masks."""
+
+    def recompute(module, *inputs):
+        options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
+        return checkpoint(module.__call__, *inputs, **options)
+
+    unet.enable_gradient_checkpointing(recompute)
+    for module in unet.modules():
+        if mode == "blocks" and not isinstance(module, Transformer2DModel):
+            module.gradient_checkpointing = False
+
+
+def compile_blocks(unet):
+    """Compiles the transformer blocks, each shape on its own, so that a resumed run computes with the same kernels.
+
+    Where a compiler is missing or fails, a warning is logged and the blocks stay as they are.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    try:
+        torch.compile(lambda x: x.sin() + x.cos())(torch.zeros(8, device=unet.device))
+    except Exception as error:  # whatever compilers raise
+        logger.warning("--compile: goes on uncompiled: %s", " ".join(str(error).split())[:200])
+        return
+    torch._dynamo.config.suppress_errors = True  # a block that fails later goes on uncompiled too
+    unet.compile_repeated_blocks(dynamic=False)
+
+
+def set_speed(args, models, trained, device):
+    """Applies --attention_backend, --gradient_checkpointing and --compile to what is trained."""
+    set_attention(models.unet, args.attention_backend)
+    mode = choose_checkpointing(args.gradient_checkpointing, device, args.train_batch_size, args.resolution)
+    if args.gradient_checkpointing == "auto":
+        logger.info("--gradient_checkpointing auto: %s", mode)
+    if mode != "none":
+        set_checkpointing(models.unet, mode, dropout=args.lora_dropout > 0)
+        for name in trained.keys() - {"unet"}:
+            trained[name].gradient_checkpointing_enable()
+    if args.compile:
+        compile_blocks(models.unet)
 
 
 def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
@@ -964,6 +1113,25 @@ def torch_seed(*parts):
 def hash_text(text):
     """uint64 hash of a string, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def write_file(path, data):
+    """Bytes to `path`, there whole or not at all, on the disk when this returns."""
+    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_safetensors(path, tensors, metadata):
+    """safetensors with a sorted header, so that equal tensors are equal bytes."""
+    raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
+    size = int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_file(path, len(header).to_bytes(8, "little") + header + raw[8 + size :])
 
 
 # ---- sources: shards as byte ranges, wherever they lie
@@ -1730,6 +1898,7 @@ class ImageDataset(Dataset):
         self.aesthetic_scale = aesthetic_scale
         self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
         self.shards = {}  # (process, path) → Shard
+        self.latents = self.embeddings = None  # an EncodingCache each, in place of pixels and captions
 
     def read(self, row):
         """The bytes of a row's image. Errors: OSError naming the shard when it changed or the network fails."""
@@ -1751,23 +1920,47 @@ class ImageDataset(Dataset):
         if label >= 0:
             owners = np.repeat(np.arange(len(self.index)), np.diff(self.index.label_starts))
             of_class[owners[self.index.label_codes == label]] = True
-        for allowed in (in_bucket & of_class, in_bucket, np.ones_like(in_bucket)):
+        choices = (in_bucket & of_class, in_bucket, np.ones_like(in_bucket))
+        for allowed in choices[: 3 if self.latents is None else 2]:  # latents have the shape of their own bucket
             allowed[tried] = False
             rows = np.flatnonzero(allowed)
             if len(rows):
                 return int(rows[int(hash64(REPLACE, self.seed, self.index.id_hashes[i], len(tried))) % len(rows)])
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
-    def open(self, i, label):
-        """(row, image, original size, skipped): row i, or its replacement when it is damaged."""
-        bucket, tried, skipped = self.bucket_sizes[self.index.buckets[i]], [i], []
+    def open(self, row, bucket):
+        """(image, (height, width) of its file) of a row. Errors: ValueError when it is damaged."""
+        image, original_size = open_image(self.read(row), bucket)
+        if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
+            raise ValueError("EXIF behind the pixels turns the image: not of its bucket")
+        return image, original_size
+
+    def crop_window(self, row, bucket, step, flipped):
+        """The row's picture as the network sees it at `step`, and the sizes it is told. Errors: as open()."""
+        image, original_size = self.open(row, bucket)
+        image, (height, width) = resize_to_cover(image, bucket, self.interpolation), bucket
+        if flipped:
+            image = ImageOps.mirror(image)
+        if self.crop == "random_ar":
+            u = float(uniform(CROP, self.seed, hash_text(row["image_id"]), step))
+            top, left = random_ar_crop(image.height, image.width, height, u)
+        else:
+            top, left = center_crop(image.height, image.width, bucket)
+        image = image.crop((left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
+        sizes = {"original_sizes": original_size, "crop_top_lefts": (top, left), "target_sizes": bucket}
+        return {"pixels": pixels} | sizes
+
+    def is_flipped(self, row, step):
+        return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
+
+    def first_whole(self, i, label, look):
+        """(row, look(row), damage) of row i, or of its replacement where look raises ValueError: it is damaged."""
+        tried, skipped = [i], []
         while len(tried) <= 100:
             row = self.index.row(tried[-1])
             try:
-                image, original_size = open_image(self.read(row), bucket)
-                if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
-                    raise ValueError("EXIF behind the pixels turns the image: not of its bucket")
-                return row, image, original_size, skipped
+                return row, look(row), skipped
             except ValueError as error:
                 skipped.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
             tried.append(self.replacement(i, label, tried))
@@ -1775,31 +1968,26 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, requests):
         """The items of a batch; over the network they are read at the same time."""
-        if not any(map(is_remote, self.index.stamps)):
+        if self.latents is not None or not any(map(is_remote, self.index.stamps)):
             return [self[request] for request in requests]
         with ThreadPoolExecutor(IO_THREADS) as pool:
             return list(pool.map(self.__getitem__, requests))
 
     def __getitem__(self, request):
         i, label, step, position = request
-        height, width = bucket = self.bucket_sizes[self.index.buckets[i]]
-        row, image, original_size, skipped = self.open(i, label)
-        image = resize_to_cover(image, bucket, self.interpolation)
-        identity = hash_text(row["image_id"])
-        if self.random_flip and uniform(FLIP, self.seed, identity, step) < 0.5:
-            image = ImageOps.mirror(image)
-        if self.crop == "random_ar":
-            u = float(uniform(CROP, self.seed, identity, step))
-            top, left = random_ar_crop(image.height, image.width, height, u)
-        else:
-            top, left = center_crop(image.height, image.width, bucket)
-        image = image.crop((left, top, left + width, top + height))
-        return {
-            "pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),  # (3, H, W) uint8
+        bucket = self.bucket_sizes[self.index.buckets[i]]
+
+        def look(row):
+            flipped = self.is_flipped(row, step)
+            if self.latents is not None:
+                return self.latents.read(row["image_id"], flipped)
+            return self.crop_window(row, bucket, step, flipped)
+
+        row, seen, skipped = self.first_whole(i, label, look)
+        if self.embeddings is not None:
+            seen |= self.embeddings.read(row["image_id"])
+        return seen | {
             "captions": row["caption"],
-            "original_sizes": original_size,
-            "crop_top_lefts": (top, left),
-            "target_sizes": bucket,
             "aesthetic_scores": scale_aesthetic(row["score"], self.aesthetic_scale),
             "species": self.index.label_names[label] if label >= 0 else None,
             "keys": row["key"],
@@ -1811,19 +1999,24 @@ class ImageDataset(Dataset):
 
 
 def collate(samples):
-    """Lists of the samples' fields; `pixels` (B, 3, H, W) uint8 and float32 tensors for sizes, offsets and scores."""
+    """Lists of the samples' fields, and stacked tensors: `pixels` (B, 3, H, W) uint8, sizes and scores float32."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    batch["pixels"] = torch.stack(batch["pixels"])
+    batch = {name: torch.stack(values) if torch.is_tensor(values[0]) else values for name, values in batch.items()}
     for name in ("original_sizes", "crop_top_lefts", "target_sizes", "aesthetic_scores"):
         batch[name] = torch.tensor(batch[name], dtype=torch.float32)
     batch["skipped"] = [entry for entries in batch["skipped"] for entry in entries]
     return batch
 
 
+def to_pixel_values(pixels):
+    return pixels.float().div_(127.5).sub_(1)
+
+
 def move_batch(batch, device):
-    """The batch with tensors on `device` and `pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
+    """The batch with tensors on `device`; of pixels come `pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
     moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    moved["pixel_values"] = moved.pop("pixels").float().div_(127.5).sub_(1)
+    if "pixels" in moved:
+        moved["pixel_values"] = to_pixel_values(moved.pop("pixels"))
     return moved
 
 
@@ -1844,6 +2037,83 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_signals,
     )
+
+
+# ---- caches: what frozen encoders make of every sample, kept on disk
+
+
+class EncodingCache:
+    """Tensors by image id, in files of CACHE_ROWS samples that are there whole or not at all.
+
+    A file's name is a hash of everything that its tensors depend on (`settings`, and of each row what `seen` holds):
+    those of other images, flags or encoders are never read.
+    """
+
+    def __init__(self, folder, flag, settings, seen, groups):
+        self.flag = flag
+        self.chunks, self.places = {}, {}  # path → rows; image id → path
+        self.files = {}  # (process, path) → what open() gives
+        for group in groups:
+            for start in range(0, len(group), CACHE_ROWS):
+                rows = group[start : start + CACHE_ROWS]
+                text = json.dumps([settings, [seen[i] for i in rows]])
+                path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+                self.chunks[path] = rows
+                self.places |= {seen[i][0]: path for i in rows}
+
+    def open(self, path):
+        """(file, notes) with the notes of write(). Errors: OSError when it is not what its name says."""
+        place = (os.getpid(), path)
+        if place not in self.files:
+            if len(self.files) >= MAX_OPEN_CACHES:
+                self.files.pop(next(iter(self.files)))
+            try:
+                file = safetensors.safe_open(path, "pt")
+                notes = file.metadata()
+                if notes["name"] != path.name:
+                    raise ValueError(f"it holds {notes['name']}")
+                self.files[place] = file, json.loads(notes["samples"])
+            except Exception as error:  # of a torn or foreign file, whatever the library raises
+                raise OSError(f"{self.flag}: {path}: {error}; delete it and start again") from error
+        return self.files[place]
+
+    def write(self, path, samples):
+        """Keeps {image id: [{name: tensor or numbers} of each variant], or a text that says what is damaged}."""
+        tensors, notes = {}, {}
+        for image_id, found in samples.items():
+            if isinstance(found, str):
+                notes[image_id] = found
+            for variant, fields in enumerate(found if isinstance(found, list) else ()):
+                own = {name: value for name, value in fields.items() if torch.is_tensor(value)}
+                tensors |= {
+                    f"{image_id}/{variant}/{name}": tensor.to("cpu", copy=True) for name, tensor in own.items()
+                }
+                numbers = {name: value for name, value in fields.items() if name not in own}
+                notes.setdefault(image_id, []).append([list(own), numbers])
+        write_safetensors(path, tensors, {"name": path.name, "samples": json.dumps(notes)})
+
+    def read(self, image_id, variant=0):
+        """{name: tensor or numbers} of a sample. Errors: ValueError saying what is damaged."""
+        file, notes = self.open(self.places[image_id])
+        if isinstance(notes[image_id], str):
+            raise ValueError(notes[image_id])
+        names, numbers = notes[image_id][int(variant)]
+        return {name: file.get_tensor(f"{image_id}/{int(variant)}/{name}") for name in names} | numbers
+
+
+class Windows(Dataset):
+    """What --cache_latents encodes of a row: crop_window of each flip, or a text that says what is damaged."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i):
+        dataset, row = self.dataset, self.dataset.index.row(i)
+        bucket = dataset.bucket_sizes[dataset.index.buckets[i]]
+        try:
+            return [dataset.crop_window(row, bucket, 0, flipped) for flipped in range(1 + dataset.random_flip)]
+        except ValueError as error:
+            return str(error)
 
 
 # ------------------------------------------------------------------------------
@@ -1934,18 +2204,39 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 def sample_batch_noise(models, batch, noise_offset):
     """sample_noise with the shapes of this batch's latents."""
-    height, width = (
-        side // 2 ** (len(models.vae.config.block_out_channels) - 1) for side in batch["pixel_values"].shape[-2:]
-    )
-    shape = (models.vae.config.latent_channels, height, width)
+    if "moments" in batch:
+        shape = batch["moments"].shape[2:]
+    else:
+        config, factor = models.vae.config, 2 ** (len(models.vae.config.block_out_channels) - 1)
+        shape = (config.latent_channels, *(side // factor for side in batch["pixel_values"].shape[-2:]))
     return sample_noise(batch["sample_seeds"], shape, models.timestep_band, noise_offset)
 
 
-def encode_latents(vae, pixel_values, vae_noise):
-    """(B, 4, H / 8, W / 8) latents sampled from the VAE's posterior with `vae_noise`, scaled."""
+def encode_moments(vae, pixel_values):
+    """(B, 2, 4, H / 8, W / 8) mean and standard deviation of the VAE's posterior, in its dtype."""
+    at_once = max(1, VAE_PIXELS // (pixel_values.shape[-2] * pixel_values.shape[-1]))
     with torch.no_grad():
-        posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-        return (posterior.mean.float() + posterior.std.float() * vae_noise) * vae.config.scaling_factor
+        posteriors = [vae.encode(part.to(vae.dtype)).latent_dist for part in pixel_values.split(at_once)]
+        return torch.cat([torch.stack([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
+
+
+def sample_latents(vae, moments, vae_noise):
+    """(B, 4, h, w) float32 latents sampled from the posterior with `vae_noise`, scaled."""
+    mean, std = moments.float().unbind(dim=1)
+    return (mean + std * vae_noise) * vae.config.scaling_factor
+
+
+def encode_captions(models, batch, device, with_empty=False):
+    """prompt_embeds and pooled_prompt_embeds of a batch, encoded or cached, and the empty caption's pair or None."""
+    if "prompt_embeds" in batch:
+        return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
+    encoders = models.text_encoders, models.tokenizers
+    prompt_embeds, pooled = encode_prompts(
+        *encoders, batch["captions"] + [""] * with_empty, device, models.caption_chunks
+    )
+    if not with_empty:
+        return prompt_embeds, pooled, None
+    return prompt_embeds[:-1], pooled[:-1], (prompt_embeds[-1:], pooled[-1:])
 
 
 # Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
@@ -1961,20 +2252,15 @@ def diffusion_loss(
     models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
 ):
     """(B,) weighted denoising losses of a batch (room 3) with the random `draws` of sample_noise."""
-    device, scheduler = batch["pixel_values"].device, models.noise_scheduler
+    device, scheduler = batch["original_sizes"].device, models.noise_scheduler
     noise, timesteps = draws["noise"].to(device), draws["timesteps"].to(device)
 
-    latents = encode_latents(models.vae, batch["pixel_values"], draws["vae_noise"].to(device))  # (B, 4, h, w)
+    moments = batch["moments"] if "moments" in batch else encode_moments(models.vae, batch["pixel_values"])
+    latents = sample_latents(models.vae, moments, draws["vae_noise"].to(device))  # (B, 4, h, w)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
 
     with_empty = dropped_caption == "empty"
-    captions = batch["captions"] + [""] * with_empty
-    encoders = models.text_encoders, models.tokenizers
-    prompt_embeds, pooled_prompt_embeds = encode_prompts(*encoders, captions, device, models.caption_chunks)
-    empty = None
-    if with_empty:  # the last row of both is the empty caption's
-        empty = (prompt_embeds[-1:], pooled_prompt_embeds[-1:])
-        prompt_embeds, pooled_prompt_embeds = prompt_embeds[:-1], pooled_prompt_embeds[:-1]
+    prompt_embeds, pooled_prompt_embeds, empty = encode_captions(models, batch, device, with_empty)
     dropped = draws["caption_draws"].to(device) < caption_dropout_rate
     prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
     last = batch["aesthetic_scores"][:, None] if models.stage == "refiner" else batch["target_sizes"]
@@ -1993,6 +2279,106 @@ def diffusion_loss(
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return loss * compute_snr_weights(compute_snr(scheduler, timesteps), snr_gamma, prediction_type)
+
+
+# ---- caches, filled
+
+
+def fill_cache(accelerator, cache, prepare, title):
+    """Writes the files that `cache` lacks: each rank its share, then what its own disk still lacks.
+
+    prepare(rows to come) → encode(rows) → what EncodingCache.write takes. What a killed run had written stays. Errors:
+    Preempted on all ranks together; InputError for a file that is not what its name says.
+    """
+    paths = list(cache.chunks)
+    for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
+        for path in filter(Path.exists, share):
+            try:
+                cache.open(path)
+            except OSError as error:
+                raise InputError(str(error)) from error
+        missing = [path for path in share if not path.exists()]
+        rounds = max(gather_object([len(missing)]))
+        encode = prepare([int(i) for path in missing for i in cache.chunks[path]])
+        bar = tqdm(total=len(missing), desc=title, unit="file", leave=False, disable=not missing)
+        for n in range(rounds):
+            leave_if_told(accelerator)
+            for path in missing[n : n + 1]:
+                cache.write(path, encode(cache.chunks[path]))
+                bar.update()
+        bar.close()
+        accelerator.wait_for_everyone()
+
+
+def cache_latents(accelerator, models, dataset, folder, workers):
+    """Gives `dataset` the moments of its images' posteriors, of both flips with random_flip, in place of pixels."""
+    index, vae = dataset.index, models.vae
+    settings = [1, "latents", fingerprint_parts(vae), str(vae.dtype), dataset.crop, dataset.interpolation.name]
+    settings += [dataset.random_flip, index.images and index.images._fingerprint]
+    ids, sizes, paths = (index.table.column(name).to_pylist() for name in ("image_id", "size", "path"))
+    buckets = [dataset.bucket_sizes[bucket] for bucket in index.buckets]
+    seen = [[ids[i], sizes[i], str(index.stamps.get(paths[i])), buckets[i]] for i in range(len(index))]
+    groups = [np.flatnonzero(index.buckets == bucket) for bucket in range(len(dataset.bucket_sizes))]
+    cache = EncodingCache(folder, "--cache_latents", settings, seen, groups)
+
+    def prepare(rows):
+        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
+        stream = iter(DataLoader(Windows(dataset), sampler=rows, batch_size=None, **options))
+
+        def encode(rows):
+            samples = {ids[i]: next(stream) for i in rows}
+            whole = [window for windows in samples.values() if isinstance(windows, list) for window in windows]
+            pixels = [window.pop("pixels") for window in whole]
+            if whole:
+                moments = encode_moments(vae, to_pixel_values(torch.stack(pixels).to(accelerator.device)))
+            for n, window in enumerate(whole):
+                window["moments"] = moments[n]
+            return samples
+
+        return encode
+
+    fill_cache(accelerator, cache, prepare, "latents")
+    dataset.latents = cache
+
+
+def cache_text_embeddings(accelerator, models, dataset, folder):
+    """Gives `dataset` the embeddings of its captions."""
+    ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
+    settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
+    settings += [models.stage, models.caption_chunks]
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    seen, everything = list(zip(ids, captions)), np.arange(len(ids))
+    cache = EncodingCache(folder, "--cache_text_embeddings", settings, seen, [everything])
+
+    def encode(rows):
+        encoders, texts = (models.text_encoders, models.tokenizers), [captions[i] for i in rows]
+        with torch.no_grad():
+            embeds = encode_prompts(*encoders, texts, accelerator.device, models.caption_chunks)
+        return {ids[i]: [dict(zip(names, pair))] for i, pair in zip(rows, zip(*embeds))}
+
+    fill_cache(accelerator, cache, lambda _: encode, "captions")
+    dataset.embeddings = cache
+
+
+def cache_encodings(accelerator, args, models, datasets_):
+    """Fills what --cache_latents and --cache_text_embeddings ask for; the encoders then wait on the CPU."""
+    folder = Path(args.cache_dir or args.output_dir) / "encodings"
+    folder.mkdir(parents=True, exist_ok=True)
+    for dataset in datasets_:
+        if args.cache_latents:
+            cache_latents(accelerator, models, dataset, folder, args.dataloader_num_workers)
+        if args.cache_text_embeddings:
+            cache_text_embeddings(accelerator, models, dataset, folder)
+    if args.cache_latents:
+        models.vae.to("cpu")
+    if args.cache_text_embeddings:
+        with torch.no_grad():
+            encoders = models.text_encoders, models.tokenizers
+            models.empty_prompt = encode_prompts(*encoders, [""], accelerator.device, models.caption_chunks)
+        for encoder in models.text_encoders:
+            encoder.to("cpu")
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------
@@ -2081,13 +2467,6 @@ def make_law(args, accelerator, index, mix):
     law["dataset"] = index.fingerprint()
     law["species_distribution"] = f"{hash_text(repr([(n, float(q)) for n, q in zip(mix.names, mix.data)])):016x}"
     return json.loads(json.dumps(law))
-
-
-def fingerprint_models(models):
-    """Hash of the first numbers of every frozen tensor: another base model has another."""
-    parts = [models.unet, models.vae, *models.text_encoders]
-    heads = [tensor.detach().flatten()[:8].float() for part in parts for tensor in part.state_dict().values()]
-    return hashlib.blake2b(torch.cat(heads).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def other_flags(args):
@@ -2180,25 +2559,6 @@ def kohya_metadata(trained, stage):
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
     }
-
-
-def write_file(path, data):
-    """Bytes to `path`, there whole or not at all, on the disk when this returns."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_safetensors(path, tensors, metadata):
-    """safetensors with a sorted header, so that equal adapters are equal bytes."""
-    raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
-    size = int.from_bytes(raw[:8], "little")
-    header = json.dumps(json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    write_file(path, len(header).to_bytes(8, "little") + header + raw[8 + size :])
 
 
 def save_lora(trained, folder, stage):
@@ -2463,10 +2823,10 @@ def unwrap(accelerator, models):
 
 @contextmanager
 def evaluating(models):
-    """The adapted models in eval mode, no LoRA dropout, and no gradients."""
+    """The adapted models in eval mode, no LoRA dropout, no gradients; uncompiled, since that would be other graphs."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for model in adapted:
             model.eval()
         try:
@@ -2526,6 +2886,17 @@ def stock_forward(*modules):
             module.forward = forward
 
 
+@contextmanager
+def on_device(device, *modules):
+    """Brings those that wait on the CPU to the device, for as long as this lasts."""
+    waiting = [module for module in modules if module.device != device]
+    try:
+        yield [module.to(device) for module in waiting]
+    finally:
+        for module in waiting:
+            module.to("cpu")
+
+
 def make_pipeline(models):
     """The stock pipeline of the stage around `models`, with the snapshot's sampler."""
     parts = {"vae": models.vae, "unet": models.unet, "scheduler": models.sampling_scheduler, "add_watermarker": False}
@@ -2547,7 +2918,12 @@ def generate_images(models, prompts, seeds, resolution, num_inference_steps=SAMP
     the refiner stage the base model makes the first `switch_at` of the steps, as users run the two.
     """
     pipeline, images = make_pipeline(models), []
-    with evaluating(models), stock_forward(models.unet, *models.text_encoders):
+    encoders = models.vae, *models.text_encoders
+    with (
+        evaluating(models),
+        stock_forward(models.unet, *models.text_encoders),
+        on_device(models.unet.device, *encoders),
+    ):
         for prompt, seed in zip(prompts, seeds):
             options = {"num_inference_steps": num_inference_steps, "output_type": "latent"}
             options["generator"] = torch.Generator().manual_seed(seed)
@@ -2709,9 +3085,18 @@ def estimate_resources(args, models, trained, device, images):
     """Memory of a device in bytes, part by part, and the seconds that training on `images` takes at the very least."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     flop += count_vae(models.vae, args.resolution)
-    parts = [models.unet, models.vae, *models.text_encoders]
+    encoders = ([] if args.cache_latents else [models.vae]) + (
+        [] if args.cache_text_embeddings else models.text_encoders
+    )
+    parts = [models.unet, *encoders]
     masters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for model in parts for p in model.parameters() if not p.requires_grad)
+    if args.base_precision != "auto":
+        linears = [m.weight for m in models.unet.modules() if isinstance(m, torch.nn.Linear)]
+        saved = models.unet.dtype.itemsize - {"nf4": 0.56, "int8": 1.0}[args.base_precision]  # bytes a weight
+        weights -= int(saved * sum(w.numel() for w in linears if not w.requires_grad))
+    checkpointing = choose_checkpointing(args.gradient_checkpointing, device, args.train_batch_size, args.resolution)
+    kept = kept * ACTIVATION_BYTES[checkpointing] / ACTIVATION_BYTES["none"]
     moments = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[args.optimizer]  # bytes a parameter
     memory = {"frozen weights": weights, "adapters, gradients, optimizer": masters * (8 + moments)}
     memory["activations of the UNet"] = kept * args.train_batch_size
@@ -2764,10 +3149,10 @@ def draw_contact_sheet(dataset, requests, columns=4, side=280):
     for number, request in enumerate(requests):
         i, label, step, _ = request
         item = dataset[request]
-        row, image, (height, width), _ = dataset.open(i, label)
-        if dataset.random_flip and uniform(FLIP, dataset.seed, hash_text(row["image_id"]), step) < 0.5:
-            image = ImageOps.mirror(image)
         (top, left), bucket = item["crop_top_lefts"], item["target_sizes"]
+        row, (image, (height, width)), _ = dataset.first_whole(i, label, lambda row, b=bucket: dataset.open(row, b))
+        if dataset.is_flipped(row, step):
+            image = ImageOps.mirror(image)
         shrink = (side - 8) / max(height, width)
         image = image.resize((max(1, round(width * shrink)), max(1, round(height * shrink))))
         at = shrink / max(bucket[0] / height, bucket[1] / width)  # from px of the scaled image to px of the sheet
@@ -2848,7 +3233,8 @@ def train_step(run, batch):
     args, accelerator = run.args, run.accelerator
     grad_norm = None
     draws = sample_batch_noise(run.models, batch, args.noise_offset)
-    torch.manual_seed(torch_seed(DROPOUT_MASK, run.progress.seed, batch["positions"][0]))  # LoRA dropout's masks
+    if args.lora_dropout:
+        torch.manual_seed(torch_seed(DROPOUT_MASK, run.progress.seed, batch["positions"][0]))
     with accelerator.accumulate(*run.trained.values()):
         losses = diffusion_loss(
             run.models,
@@ -3127,7 +3513,7 @@ def explained(args):
         yield
     except torch.OutOfMemoryError as error:
         remedy = "--gradient_checkpointing, then a smaller --train_batch_size with --gradient_accumulation_steps"
-        remedy += ", then --use_8bit_adam, a smaller --rank or --resolution"
+        remedy += ", then --base_precision nf4, --use_8bit_adam, a smaller --rank or --resolution"
         raise TrainingError(f"--train_batch_size: out of GPU memory; try {remedy}; {resume}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -3326,16 +3712,29 @@ def make_run(args, accelerator, progress):
         logger.warning("--long_captions %s: %d of %d captions are cut, the longest has %d tokens and %d are read",
             args.long_captions, cut, len(captions), longest, 75 * models.caption_chunks)  # fmt: skip
     if not args.dry_run:
-        law["base_model"] = fingerprint_models(models)
+        law["base_model"] = fingerprint_parts(models.unet, models.vae, *models.text_encoders)
     if progress.law:
         check_law(progress.law, law, args.allow_batch_change)
         for changed in differences(progress.flags, other_flags(args)) if accelerator.is_main_process else ():
             logger.info("resumed with another %s", changed)
     progress.law, progress.flags = law, other_flags(args)
+    look = (args.resolution, args.crop, args.random_flip, args.image_interpolation_mode)
+    cache_dir = args.cache_dir or args.output_dir
+    dataset = ImageDataset(index, progress.seed, *look, cache_dir, args.aesthetic_scale)
+    val_look = (args.resolution, "center", False, args.image_interpolation_mode, cache_dir, args.aesthetic_scale)
+    val_dataset = ImageDataset(val_index, 0, *val_look) if val_index is not None else None
+    if not args.dry_run:
+        if args.cache_latents or args.cache_text_embeddings:
+            cache_encodings(accelerator, args, models, [d for d in (dataset, val_dataset) if d is not None])
+        if args.base_precision != "auto":
+            quantize_linears(models.unet, args.base_precision, weight_dtype)
+        models.unet.to(accelerator.device)
     if args.stage == "refiner" and (args.validation_prompt or args.validation_prompts) and not args.dry_run:
         models.base_pipeline = load_base_pipeline(args, models, weight_dtype)
     leave_if_told(accelerator)
     trained = add_adapters(args, models, progress.seed)
+    if not args.dry_run:
+        set_speed(args, models, trained, accelerator.device)
     register_adapter_hooks(accelerator, trained, args.stage)
 
     global_batch = law["global_batch"]
@@ -3356,10 +3755,6 @@ def make_run(args, accelerator, progress):
     batches = MicroBatches(
         plan, max_train_steps, args.train_batch_size, accelerator.process_index, accelerator.num_processes
     )
-    look = (args.resolution, args.crop, args.random_flip, args.image_interpolation_mode)
-    cache_dir = args.cache_dir or args.output_dir
-    dataset = ImageDataset(index, progress.seed, *look, cache_dir, args.aesthetic_scale)
-    val_look = (args.resolution, "center", False, args.image_interpolation_mode, cache_dir, args.aesthetic_scale)
     return Run(
         args=args,
         accelerator=accelerator,
@@ -3369,7 +3764,7 @@ def make_run(args, accelerator, progress):
         lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, max_train_steps),
         batches=batches,
         loader=make_loader(dataset, batches, args.dataloader_num_workers, accelerator.device.type == "cuda"),
-        val_dataset=ImageDataset(val_index, 0, *val_look) if val_index is not None else None,
+        val_dataset=val_dataset,
         weight_dtype=weight_dtype,
         progress=progress,
         max_train_steps=max_train_steps,

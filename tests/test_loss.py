@@ -10,9 +10,10 @@ from train_sdxl_lora import (
     add_adapters,
     compute_snr_weights,
     diffusion_loss,
-    encode_latents,
+    encode_moments,
     load_models,
     sample_batch_noise,
+    sample_latents,
     sample_noise,
 )
 
@@ -116,7 +117,10 @@ def test_the_noise_has_the_shape_of_the_latents(load):
     models = load()
     batch = make_batch(height=64, width=96)
     draws = sample_batch_noise(models, batch, 0.0)
-    assert draws["noise"].shape == encode_latents(models.vae, batch["pixel_values"], draws["vae_noise"]).shape
+    assert (
+        draws["noise"].shape
+        == sample_latents(models.vae, encode_moments(models.vae, batch["pixel_values"]), draws["vae_noise"]).shape
+    )
     assert draws["noise"].shape == (3, 4, 8, 12)
 
 
@@ -127,14 +131,16 @@ def test_latents_are_samples_of_the_posterior_scaled():
         posterior = vae.encode(pixels).latent_dist
     expected = posterior.sample(torch.Generator().manual_seed(4)) * SCALING_FACTOR
     vae_noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(encode_latents(vae, pixels, vae_noise), expected, rtol=1e-5, atol=1e-6)
-    mode = encode_latents(vae, pixels, torch.zeros_like(vae_noise))
+    assert torch.allclose(sample_latents(vae, encode_moments(vae, pixels), vae_noise), expected, rtol=1e-5, atol=1e-6)
+    mode = sample_latents(vae, encode_moments(vae, pixels), torch.zeros_like(vae_noise))
     assert torch.allclose(mode, posterior.mode() * SCALING_FACTOR, rtol=1e-5, atol=1e-6)
 
 
 def test_latents_of_a_bf16_vae_are_fp32():
     vae = AutoencoderKL.from_pretrained(SDXL, subfolder="vae", torch_dtype=torch.bfloat16)
-    latents = encode_latents(vae, make_batch()["pixel_values"], torch.randn(3, 4, 8, 8))
+    moments = encode_moments(vae, make_batch()["pixel_values"])
+    assert moments.dtype == torch.bfloat16 and moments.shape == (3, 2, 4, 8, 8)
+    latents = sample_latents(vae, moments, torch.randn(3, 4, 8, 8))
     assert latents.dtype == torch.float32 and not latents.requires_grad
 
 

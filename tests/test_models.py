@@ -83,12 +83,20 @@ def load(args, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_adapters_are_bit_equal_to_stock_peft_in_fp32(config):
+def test_adapters_compute_in_fp32_what_stock_peft_does(config):
+    """DoRA to the bit; the others sum in the product's kernel, no further from float64 than PEFT."""
     ours, stock = pair(0, **config)
     x, weights = batch(1)
-    assert any(isinstance(m, trainer.CastLinear) for m in ours.modules())
-    assert torch.equal(ours(x), stock(x))
-    assert torch.equal(gradients(ours, x, weights), gradients(stock, x, weights))
+    kind = trainer.CastLinear if "use_dora" in config else trainer.FusedLora
+    assert any(isinstance(m, kind) for m in ours.modules())
+    found, theirs = ([model(x), gradients(model, x, weights)] for model in (ours, stock))
+    if "use_dora" in config:
+        assert all(map(torch.equal, found, theirs))
+        return
+    exact = copy.deepcopy(stock).double()
+    truth = [exact(x.double()), gradients(exact, x.double(), weights.double())]
+    for a, b, c in zip(found, theirs, truth):
+        assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-9 and (b - c).norm() > 0
 
 
 def test_bf16_gradients_are_as_good_as_with_autocast():
@@ -216,9 +224,11 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_its_learning_rat
 def test_gradient_checkpointing_reaches_every_trained_model_and_changes_no_gradient(change, encoders):
     found = []
     for checkpointing in (False, True):
-        flags = change(gradient_checkpointing=checkpointing, train_text_encoder=encoders)
+        speed = {"attention_backend": "sdpa", "compile": False, "train_batch_size": 1, "resolution": 64}
+        speed["gradient_checkpointing"] = "full" if checkpointing else "none"
+        flags = change(train_text_encoder=encoders, **speed)
         models = load(flags)
-        trainer.add_adapters(flags, models, 0)
+        trainer.set_speed(flags, models, trainer.add_adapters(flags, models, 0), torch.device("cpu"))
         assert models.unet.is_gradient_checkpointing == checkpointing
         assert {encoder.is_gradient_checkpointing for encoder in models.text_encoders} == {checkpointing and encoders}
         added = {"text_embeds": torch.ones(1, 96), "time_ids": torch.full((1, 6), 64.0)}

@@ -1,0 +1,311 @@
+"""Training speed and memory beside diffusers' train_text_to_image_lora_sdxl.py: equal batch, rank, size, precision.
+
+    python benchmarks/bench_train.py --peer PATH/train_text_to_image_lora_sdxl.py              # demo model
+    python benchmarks/bench_train.py --peer PATH/… --model sdxl --precision bf16 --rank 64     # real size, CUDA
+    python benchmarks/bench_train.py --variants cached --profile                               # where a step goes
+
+The peer's script comes from https://github.com/huggingface/diffusers (examples/text_to_image); it is not copied here.
+The real size has random weights: speed does not depend on their values. Every run is a process of its own, runs take
+turns, and a hook of torch tells when each optimizer step ends, for both scripts alike. The first steps do not count;
+time to the first step counts from the start of the process, imports, index and caches included.
+"""
+
+import argparse
+import json
+import os
+import resource
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
+
+CACHES = ["--cache_latents", "--cache_text_embeddings"]
+VARIANTS = {
+    "plain": [],
+    "cached": CACHES,
+    "cached, compile": [*CACHES, "--compile"],
+    "cached, blocks": [*CACHES, "--gradient_checkpointing", "blocks"],
+    "cached, full": [*CACHES, "--gradient_checkpointing", "full"],
+    "cached, nf4, full": [*CACHES, "--base_precision", "nf4", "--gradient_checkpointing", "full"],
+    "cached, int8, full": [*CACHES, "--base_precision", "int8", "--gradient_checkpointing", "full"],
+    "cached, 8-bit Adam, full": [*CACHES, "--use_8bit_adam", "--gradient_checkpointing", "full"],
+    "cached, flash": [*CACHES, "--attention_backend", "flash"],
+    "cached, cudnn": [*CACHES, "--attention_backend", "cudnn"],
+}
+PROFILED = {  # part of a step → (module, function) whose time it is
+    "batch to the device": ("train_sdxl_lora", "move_batch"),
+    "noise": ("train_sdxl_lora", "sample_batch_noise"),
+    "VAE": ("train_sdxl_lora", "encode_moments"),
+    "text encoders": ("train_sdxl_lora", "encode_prompts"),
+    "UNet forward": ("diffusers.UNet2DConditionModel", "forward"),
+    "backward": ("accelerate.Accelerator", "backward"),
+    "clipping": ("accelerate.Accelerator", "clip_grad_norm_"),
+    "optimizer": ("accelerate.optimizer.AcceleratedOptimizer", "step"),
+}
+
+
+# ---- inside of a run
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def watch_steps(out, started, warmup):
+    """Writes to `out`, after every optimizer step, when the steps ended and the peak memory in bytes."""
+    times = []
+
+    def note(*_):
+        if len(times) in (0, warmup) or len(times) % 10 == 9:
+            wait()  # what is counted is done
+        times.append(time.time() - started)
+        on_gpu = torch.cuda.is_available()
+        peak = (
+            torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        if len(times) % 10 == 0 or len(times) <= warmup + 1:
+            Path(out).write_text(json.dumps({"times": times, "peak": peak}))
+
+    register_optimizer_step_post_hook(note)
+
+
+def find_attribute(path):
+    """The module or class named by a dotted path."""
+    parts = path.split(".")
+    found = __import__(parts[0])
+    for n, part in enumerate(parts[1:], 2):
+        found = getattr(found, part, None) or __import__(".".join(parts[:n]), fromlist=["_"])
+    return found
+
+
+def profile(argv, steps, warmup):
+    """Runs the trainer and prints the milliseconds that each part of a step takes."""
+    import train_sdxl_lora as trainer
+
+    spent, calls = dict.fromkeys(PROFILED, 0.0), []
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            wait()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait()
+            spent[name] += (time.perf_counter() - start) * (len(calls) > warmup)
+            return result
+
+        return call
+
+    for name, (owner, attribute) in PROFILED.items():
+        owner = find_attribute(owner)
+        setattr(owner, attribute, timed(name, getattr(owner, attribute)))
+    original = trainer.train_step
+
+    def train_step(run, batch):
+        calls.append(time.perf_counter())
+        return original(run, batch)
+
+    trainer.train_step = train_step
+    trainer.main(argv)
+    wait()
+    count = len(calls) - 1 - warmup
+    whole = calls[-1] - calls[warmup]
+    spent["the rest: data, logging, Python"] = whole - sum(spent.values())
+    print(f"{'part of a step':36} {'ms':>8} {'share':>7}   (of {count} steps, each part waited for)")
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{name:36} {1000 * seconds / count:8.2f} {seconds / whole:7.1%}")
+
+
+# ---- models and data
+
+
+def make_sdxl(folder, dtype):
+    """A snapshot of SDXL's own size with random weights; tokenizers and scheduler are the demo's.
+
+    Configurations: those of stabilityai/stable-diffusion-xl-base-1.0.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("tokenizer", "tokenizer_2", "scheduler", "model_index.json"):
+        source = ROOT / "demo/sdxl" / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
+    size = {"vocab_size": len(CLIPTokenizer.from_pretrained(folder / "tokenizer")), "max_position_embeddings": 77}
+    first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        projection_dim=768, hidden_act="quick_gelu", **size)  # fmt: skip
+    second = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+        projection_dim=1280, hidden_act="gelu", **size)  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        for name, model in (
+            ("text_encoder", lambda: CLIPTextModel(first)),
+            ("text_encoder_2", lambda: CLIPTextModelWithProjection(second)),
+            ("vae", lambda: AutoencoderKL(**VAE)),
+            ("unet", lambda: UNet2DConditionModel(**UNET)),
+        ):
+            model().to(dtype if name != "vae" else torch.float32).save_pretrained(folder / name)
+
+
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def make_images(folder, count, side):
+    """An image folder as both scripts read it: JPEGs of side x side px and metadata.jsonl."""
+    import bench_data
+
+    folder.mkdir(parents=True)
+    rows = []
+    for n, (name, image) in enumerate(bench_data.make_images(count, side, "jpg")):
+        (folder / f"{n:05d}.jpg").write_bytes(image)
+        rows.append(json.dumps({"file_name": f"{n:05d}.jpg", "text": f"{name}, standing in a meadow, number {n}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+# ---- runs
+
+
+def command_of(args, name, model, data, folder):
+    """(script, its flags) of the peer or of one of our variants."""
+    flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", folder]
+    flags += ["--resolution", args.resolution, "--train_batch_size", args.batch, "--rank", args.rank]
+    flags += ["--max_train_steps", args.warmup + args.steps, "--learning_rate", 1e-4, "--lr_scheduler", "constant"]
+    flags += ["--mixed_precision", args.precision, "--seed", 1, "--checkpointing_steps", 1000000]
+    flags += ["--dataloader_num_workers", args.workers, "--center_crop", "--cache_dir", f"{folder}-cache"]
+    if name == "peer":
+        return args.peer, [*map(str, flags), "--caption_column=text"]
+    own = ["--report_to", "tensorboard", "--species_mix", 1, 1, 0, "--snr_gamma", 0, *VARIANTS[name]]
+    return ROOT / "train_sdxl_lora.py", [*map(str, flags), *map(str, own)]
+
+
+def run(args, name, model, data, folder):
+    """{"first": s, "rate": steps/s, "peak": bytes} of one run, or None with its last words shown."""
+    script, flags = command_of(args, name, model, data, folder)
+    out = Path(f"{folder}.json")
+    command = [sys.executable, __file__, "--child", out, args.warmup, script, *flags]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "BENCH_STARTED": repr(time.time())}
+    if not torch.cuda.is_available():
+        env |= {"OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    if done.returncode or not out.exists():
+        print(f"{name}: {done.stderr[-600:]}", flush=True)
+        return None
+    noted = json.loads(out.read_text())
+    times = noted["times"][args.warmup :]
+    return {"first": noted["times"][0], "rate": (len(times) - 1) / (times[-1] - times[0]), "peak": noted["peak"]}
+
+
+def count_flop(args):
+    """(FLOP of an image forward and backward through the UNet with its LoRA, FLOP/s of a matrix product here)."""
+    import train_sdxl_lora as trainer
+
+    dtype = trainer.weight_dtype_of(args.precision)
+    config = UNET if args.model == "sdxl" else trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
+    with torch.device("meta"):
+        unet = trainer.UNet2DConditionModel.from_config(config).to(dtype)
+        unet.requires_grad_(False)
+        trainer.add_adapter(unet, ("to_q", "to_k", "to_v", "to_out.0"), "--rank", r=args.rank, lora_alpha=args.rank)
+    flop, _ = trainer.count_unet(unet, args.resolution, 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return flop, trainer.measure_matmul(device, dtype)
+
+
+def report(args, results):
+    flop, speed = count_flop(args)
+    print(f"\n{args.model}, {args.resolution} px, batch {args.batch}, rank {args.rank}, {args.precision}, medians of "
+        f"{args.rounds} runs of {args.steps} steps, {time.strftime('%Y-%m-%d')}; {flop / 1e12:.3g} TFLOP an image, "
+        f"{speed / 1e12:.3g} TFLOP/s in a matrix product")  # fmt: skip
+    print(f"{'':26} {'img/s':>8} {'ms/step':>9} {'peak GB':>8} {'utilised':>9} {'first step, s':>14}   speed / peer's")
+    for name, runs in results.items():
+        whole = [r for r in runs if r]
+        if not whole:
+            print(f"{name:26} did not run")
+            continue
+        rate, peak, first = (statistics.median(r[key] for r in whole) for key in ("rate", "peak", "first"))
+        pairs = [(a, b) for a, b in zip(runs, results.get("peer", [])) if a and b]
+        ratios = sorted(a["rate"] / b["rate"] for a, b in pairs)
+        told = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
+        print(f"{name:26} {rate * args.batch:8.2f} {1000 / rate:9.1f} {peak / 1e9:8.2f} "
+            f"{rate * args.batch * flop / speed:9.1%} {first:14.1f}   {told}")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "--peer", metavar="FILE", help="diffusers' train_text_to_image_lora_sdxl.py; without it ours alone"
+    )
+    parser.add_argument("--model", choices=("demo", "sdxl"), default="demo")
+    parser.add_argument("--model_dir", metavar="DIR", help="keeps the full-size snapshot for the next time")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "cached"])
+    parser.add_argument("--resolution", type=int, help="default: 64 for demo, 1024 for sdxl")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of every script")
+    parser.add_argument("--threads", type=int, default=2, help="of a process, without a GPU")
+    parser.add_argument("--profile", action="store_true", help="where a step of the first variant goes")
+    args = parser.parse_args()
+    args.resolution = args.resolution or {"demo": 64, "sdxl": 1024}[args.model]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_images(folder / "data", args.images, args.resolution)
+        model = ROOT / "demo/sdxl"
+        if args.model == "sdxl":
+            model = Path(args.model_dir or folder / "sdxl")
+            if not (model / "unet").is_dir():
+                make_sdxl(model, torch.bfloat16 if args.precision == "bf16" else torch.float16)
+        if args.profile:
+            _, flags = command_of(args, args.variants[0], model, folder / "data", folder / "run")
+            return profile(flags, args.steps, args.warmup)
+        results = {name: [] for name in (["peer"] if args.peer else []) + args.variants}
+        for n in range(args.rounds):
+            for name in results:
+                found = run(args, name, model, folder / "data", folder / f"{name.replace(', ', '-')}-{n}")
+                results[name].append(found)
+                told = f"{found['rate']:.2f} steps/s, first after {found['first']:.1f} s" if found else "failed"
+                print(f"round {n + 1}: {name}: {told}", flush=True)
+        report(args, results)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        out, warmup, script, *flags = sys.argv[2:]
+        watch_steps(out, float(os.environ["BENCH_STARTED"]), int(warmup))
+        sys.argv = [script, *flags]
+        runpy.run_path(script, run_name="__main__")
+    else:
+        main()
