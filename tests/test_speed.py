@@ -312,8 +312,9 @@ def test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so(flags, tmp_path
     assert_same_run(plain, result, step=4)
 
 
-# relative difference of the mean loss of each ten of fifty steps from the plain run's
-TOLERANCE = {"flash": 1e-5, "math": 1e-5, "blocks": 1e-6, "full": 1e-6, "compile": 1e-4, "int8": 0.02, "nf4": 0.15}
+# difference of the mean loss of each ten of fifty steps from the plain run's, which is about 0.04; NF4 rounds the
+# demo's narrow layers by 6 % of their output
+TOLERANCE = {"flash": 1e-7, "math": 1e-7, "blocks": 1e-8, "full": 1e-8, "compile": 1e-7, "int8": 2e-4, "nf4": 0.02}
 
 
 @pytest.mark.slow
@@ -326,6 +327,6 @@ def test_losses_agree_over_fifty_steps(flags, tmp_path):
 
     plain = losses("plain")
     for kind, tolerance in TOLERANCE.items():
-        difference = (losses(kind, *OPTIONS[kind]) / plain - 1).abs().max().item()
-        print(f"{kind}: {difference:.2g}")
+        difference = (losses(kind, *OPTIONS[kind]) - plain).abs().max().item()
+        print(f"{kind}: {difference:.2g} of {plain.min():.3f} to {plain.max():.3f}")
         assert difference < tolerance, kind
