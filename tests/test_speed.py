@@ -238,6 +238,13 @@ def test_what_would_change_the_law_or_is_unknown_is_refused(flags, tmp_path, cap
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("written, meant", [("true", "full"), ("false", "none"), ("auto", "auto")])
+def test_a_file_says_gradient_checkpointing_as_before_or_by_kind(flags, tmp_path, written, meant):
+    (tmp_path / "run.yaml").write_text(f"gradient_checkpointing: {written}\n")
+    argv = [*map(str, flags), "--output_dir", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
+    assert trainer.parse_args(argv).gradient_checkpointing == meant
+
+
 # ---- kernels, compiling, recomputing, a quantized base
 
 OPTIONS = {
