@@ -307,7 +307,7 @@ def add_model_arguments(parser):
     add("--base_precision", choices=["auto", "nf4", "int8"], default="auto",
         help="of the frozen UNet's linear layers; auto is --mixed_precision; nf4 and int8 need bitsandbytes")
     add("--gradient_checkpointing", nargs="?", const="full", default="none",
-        type=lambda mode: {"true": "full", "false": "none"}.get(mode.lower(), mode), choices=[*ACTIVATION_BYTES, "auto"],
+        choices=[*ACTIVATION_BYTES, "auto"], type=lambda mode: {"True": "full", "False": "none"}.get(mode, mode),
         help="recompute activations, less memory for a third more time: of the transformer blocks, full (which the "
         "flag alone means), or auto: as little as the GPU's free memory allows")
     add("--attention_backend", choices=["sdpa", *SDPA_BACKENDS, "xformers"], default="sdpa",
