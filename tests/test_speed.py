@@ -261,14 +261,16 @@ OPTIONS = {
 SLOW = {"compile", "compile, blocks"}
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in OPTIONS])
-def test_every_option_resumes_in_the_middle_of_an_update(flags, tmp_path, kind):
+def test_every_option_resumes_in_the_middle_of_an_update(flags, tmp_path, kind, processes):
     argv = [*flags, *OPTIONS[kind], "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2]
     argv += ["--max_train_steps", 4, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
-    whole = assert_ok(run_trainer(argv, tmp_path / "whole"))
-    killed = run_trainer(argv, tmp_path / "run", setup=partial(die_in_micro_step, 5))
-    assert killed.codes == [-signal.SIGKILL] and (tmp_path / "run/checkpoint-2").is_dir()
-    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "run")), step=4)
+    argv += ["--mixed_precision", "bf16"] if processes == 2 else []
+    whole = assert_ok(run_trainer(argv, tmp_path / "whole", processes))
+    killed = run_trainer(argv, tmp_path / "run", processes, setup=partial(die_in_micro_step, 5), timeout=60)
+    assert -signal.SIGKILL in killed.codes and (tmp_path / "run/checkpoint-2").is_dir()
+    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "run", processes)), step=4)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient", "xformers"])
