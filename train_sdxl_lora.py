@@ -207,7 +207,7 @@ UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is take
 AESTHETIC_SCORE = 6.0  # of an image without one: what the stock refiner pipeline gives every picture
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a validation picture, as in diffusers' training scripts
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused from their header: PIL's own limit against bombs
-MAX_OPEN_FILES = 16  # shards, or images of a folder, that a worker keeps open
+MAX_SHARDS = 4096  # or images of a folder, whose connection and stamp a worker remembers
 IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, before the run ends
 READ_AHEAD = 1 << 17  # bytes that indexing reads at once
 IO_THREADS = 16  # reads over the network that a process keeps under way
@@ -240,17 +240,12 @@ class Preempted(Exception):
     """Raised on all ranks together when one was told to stop where there is no step to save."""
 
 
-def told_to_stop(accelerator):
-    """Whether any rank was told to stop; the same on all, which wait for each other here."""
+def leave_if_told(accelerator):
+    """Waits for all ranks. Errors: Preempted, on all together, when one of them was told to stop."""
     stop.alive()
     told = accelerator.reduce(torch.tensor([float(bool(stop))], device=accelerator.device), "sum").item() > 0
     stop.alive()
-    return told
-
-
-def leave_if_told(accelerator):
-    """Errors: Preempted, on all ranks together."""
-    if told_to_stop(accelerator):
+    if told:
         raise Preempted
 
 
@@ -582,149 +577,141 @@ def default_workers(local_world):
 
 
 def check_values(parser, args):
-    """Ends with one line for values out of range and flags that contradict each other."""
+    """Ends with one line for a value out of range."""
     positive = (
         "rank lora_alpha text_encoder_rank text_encoder_alpha resolution train_batch_size gradient_accumulation_steps "
         "num_train_epochs max_train_steps max_train_samples checkpointing_steps checkpoints_total_limit logging_steps "
         "validation_steps validation_epochs num_validation_images val_max_batches aesthetic_scale"
     )
-    for name in positive.split():
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
     shares = "lora_dropout caption_dropout_rate max_bad_fraction adam_beta1 adam_beta2 denoising_start"
-    for name in shares.split():
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name}: found {getattr(args, name)}; expected a share between 0 and 1")
     not_negative = (
         "learning_rate text_encoder_lr_scale adam_weight_decay adam_epsilon max_grad_norm lr_warmup_steps snr_gamma "
         "noise_offset dataloader_num_workers checkpointing_after_steps seed"
     )
-    for name in not_negative.split():
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 2**63:
-            parser.error(f"--{name}: found {getattr(args, name)}; expected a number of 0 or more")
+    for names, is_valid, expected in (
+        (positive, lambda x: x > 0, "a number above 0"),
+        (shares, lambda x: 0 <= x <= 1, "a share between 0 and 1"),
+        (not_negative, lambda x: 0 <= x < 2**63, "a number of 0 or more"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not is_valid(value):
+                parser.error(f"--{name}: found {value}; expected {expected}")
+
+
+def flag_rules(args):
+    """[(flag, whether its rule is broken, what was found and what to do)] of rules among flags."""
     start, end, steps = args.species_mix
-    if not (0 <= start <= 1 and 0 <= end <= 1 and steps >= 0):
-        parser.error(
-            f"--species_mix: found {start} {end} {steps}; expected START and END in [0, 1] and STEPS of 0 or more"
-        )
-    if args.resolution % 8:
-        parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
-    if args.crop == "bucket" and args.resolution % BUCKET_STEP:
-        parser.error(f"--resolution: found {args.resolution}; --crop bucket works on multiples of {BUCKET_STEP} px")
-    if args.center_crop and args.crop not in (None, "center"):
-        parser.error(f"--center_crop: contradicts --crop {args.crop}; give one of them")
-    if args.use_8bit_adam and args.optimizer == "prodigy":
-        parser.error("--use_8bit_adam: contradicts --optimizer prodigy; give one of them")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        parser.error("--mixed_precision: fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no")
-    trackers = [str(tracker) for tracker in get_available_trackers()]
-    if args.report_to not in ["all", "none", *trackers]:
-        parser.error(f"--report_to: {args.report_to} is not installed; found all, none, {', '.join(trackers)}")
-    if args.report_to in ("wandb", "all") and args.hub_token is not None:
-        parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
-    if args.cache_text_embeddings and args.train_text_encoder:
-        parser.error(
-            "--cache_text_embeddings: contradicts --train_text_encoder, whose embeddings change; give one of them"
-        )
-    if args.base_precision != "auto" and args.use_dora:
-        parser.error(f"--base_precision: {args.base_precision} has no weights for --use_dora to take the norms of")
-    sources = [f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name)]
-    if len(sources) != 1:
-        found = " and ".join(sources) or "none"
-        parser.error(f"--train_shards, --train_data_dir or --dataset_name: found {found}; give exactly one")
-
-
-def check_stage(parser, args):
-    """Ends with one line for flags that contradict --stage."""
-    if args.stage == "base":
-        for name in ("refiner_unet", "text_encoder_2_lora", "validation_base_lora"):
-            if getattr(args, name):
-                parser.error(f"--{name}: found with --stage base; give --stage refiner or leave it out")
-        return
-    if not args.refiner_unet:
-        parser.error("--refiner_unet: missing; --stage refiner trains the UNet that it names")
-    if args.train_text_encoder:
-        parser.error(
-            "--train_text_encoder: the refiner's encoder is frozen; train it with --stage base and give that LoRA "
-            "to --text_encoder_2_lora"
-        )
-    if args.snr_gamma:
-        parser.error(
-            f"--snr_gamma: found {args.snr_gamma}; the refiner takes 0: in its band min-SNR would weigh all by next "
-            "to nothing (the noise there is weak)"
-        )
     low, high = args.refiner_timestep_band
-    if not 0 <= low <= high:
-        parser.error(f"--refiner_timestep_band: found {low} {high}; expected 0 <= LOW <= HIGH")
+    base, refiner = args.stage == "base", args.stage == "refiner"
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    sources = [f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name)]
+    return [
+        ("species_mix", not (0 <= start <= 1 and 0 <= end <= 1 and steps >= 0),
+            f"found {start} {end} {steps}; expected START and END in [0, 1] and STEPS of 0 or more"),
+        ("resolution", args.resolution % 8, f"found {args.resolution}; the VAE works on multiples of 8 px"),
+        ("resolution", args.crop == "bucket" and args.resolution % BUCKET_STEP,
+            f"found {args.resolution}; --crop bucket works on multiples of {BUCKET_STEP} px"),
+        ("center_crop", args.center_crop and args.crop != "center",
+            f"contradicts --crop {args.crop}; give one of them"),
+        ("use_8bit_adam", args.use_8bit_adam and args.optimizer == "prodigy",
+            "contradicts --optimizer prodigy; give one of them"),
+        ("mixed_precision", args.mixed_precision == "fp16" and not torch.cuda.is_available(),
+            "fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no"),
+        ("report_to", args.report_to not in ["all", "none", *trackers],
+            f"{args.report_to} is not installed; found all, none, {', '.join(trackers)}"),
+        ("hub_token", args.hub_token is not None and args.report_to in ("wandb", "all"),
+            "W&B would record it with the command line; log in with `hf auth login` instead"),
+        ("cache_latents", args.cache_latents and args.crop == "random_ar",
+            "--crop random_ar moves the window at every step; give --crop center or bucket"),
+        ("cache_text_embeddings", args.cache_text_embeddings and args.train_text_encoder,
+            "contradicts --train_text_encoder, whose embeddings change; give one of them"),
+        ("base_precision", args.base_precision != "auto" and args.use_dora,
+            f"{args.base_precision} has no weights for --use_dora to take the norms of"),
+        *((name, base and getattr(args, name), "found with --stage base; give --stage refiner or leave it out")
+            for name in ("refiner_unet", "text_encoder_2_lora", "validation_base_lora")),
+        ("refiner_unet", refiner and not args.refiner_unet, "missing; --stage refiner trains the UNet that it names"),
+        ("train_text_encoder", refiner and args.train_text_encoder, "the refiner's encoder is frozen; train it with "
+            "--stage base and give that LoRA to --text_encoder_2_lora"),
+        ("snr_gamma", refiner and args.snr_gamma, f"found {args.snr_gamma}; the refiner takes 0: in its band min-SNR "
+            "would weigh all by next to nothing (the noise there is weak)"),
+        ("refiner_timestep_band", refiner and not 0 <= low <= high,
+            f"found {low} {high}; expected 0 <= LOW <= HIGH"),
+        ("train_shards, --train_data_dir or --dataset_name", len(sources) != 1,
+            f"found {' and '.join(sources) or 'none'}; give exactly one"),
+    ]  # fmt: skip
 
 
 def looks_like_path(name):
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def check_paths(parser, args):
-    """Ends with one line for files and folders that are not there or not what they should be."""
+def path_rules(args):
+    """As flag_rules, of files and folders that are not there or not what they should be."""
     snapshot = Path(args.pretrained_model_name_or_path).expanduser()
-    if looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir():
-        parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
+    unet = Path(args.refiner_unet or ".").expanduser()
     parts = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
     missing = [part for part in parts if snapshot.is_dir() and not (snapshot / part).is_dir()]
-    if missing:
-        parser.error(
-            f"--pretrained_model_name_or_path: {snapshot} has no {', '.join(missing)}; give a whole SDXL snapshot"
-        )
-    checks = {
+    no_unet = not any(file.is_file() for file in (unet / "config.json", unet / "unet/config.json"))
+    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
+    faults, readers = {}, {
         "train_shards": lambda: expand_shards(args.train_shards or []),
         "val_shards": lambda: expand_shards(args.val_shards or []),
         "species_csv": lambda: read_species_csv(args.species_csv) if args.species_csv else None,
         "validation_prompts": lambda: read_prompts(args),
-    }
-    for name, check in checks.items():
+    }  # fmt: skip
+    for name, read in readers.items():
         try:
-            check()
+            read()
         except (OSError, ValueError) as error:
-            parser.error(f"--{name}: {error}")
-    unet = Path(args.refiner_unet or ".").expanduser()
-    configs = (unet / "config.json", unet / "unet/config.json")
-    if args.refiner_unet and looks_like_path(args.refiner_unet) and not any(file.is_file() for file in configs):
-        parser.error(f"--refiner_unet: no UNet in {unet}; expected config.json there or in its unet/")
-    for name in ("text_encoder_2_lora", "validation_base_lora"):
-        if getattr(args, name) and not Path(getattr(args, name)).is_file():
-            parser.error(f"--{name}: no file {getattr(args, name)}; give a LoRA of the base stage, .safetensors")
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
-        parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        parser.error(f"--output_dir: {args.output_dir} is a file; give a folder")
-    resume = args.resume_from_checkpoint
-    if resume not in (None, "", "latest") and not (checkpoint_path(args) / "progress.json").is_file():
-        parser.error(f"--resume_from_checkpoint: {resume} is no checkpoint folder; give one, or `latest`")
-    if not resume and not args.overwrite_output_dir and list_checkpoints(args.output_dir):
-        parser.error(
-            f"--output_dir: {args.output_dir} holds checkpoints; continue with --resume_from_checkpoint latest, "
-            "or start anew with --overwrite_output_dir"
-        )
+            faults[name] = error
+    return [
+        ("pretrained_model_name_or_path",
+            looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir(),
+            f"no folder {snapshot}; give an SDXL snapshot or a hub id"),
+        ("pretrained_model_name_or_path", missing,
+            f"{snapshot} has no {', '.join(missing)}; give a whole SDXL snapshot"),
+        *((name, True, fault) for name, fault in faults.items()),
+        ("refiner_unet", args.refiner_unet and looks_like_path(args.refiner_unet) and no_unet,
+            f"no UNet in {unet}; expected config.json there or in its unet/"),
+        *((name, path and not Path(path).is_file(), f"no file {path}; give a LoRA of the base stage, .safetensors")
+            for name in ("text_encoder_2_lora", "validation_base_lora") for path in [getattr(args, name)]),
+        ("train_data_dir", args.train_data_dir and not Path(args.train_data_dir).is_dir(),
+            f"no folder {args.train_data_dir}"),
+        ("output_dir", output_dir.exists() and not output_dir.is_dir(), f"{output_dir} is a file; give a folder"),
+        ("resume_from_checkpoint", resume not in (None, "", "latest")
+            and not (checkpoint_path(args) / "progress.json").is_file(),
+            f"{resume} is no checkpoint folder; give one, or `latest`"),
+        ("output_dir", not resume and not args.overwrite_output_dir and list_checkpoints(output_dir),
+            f"{output_dir} holds checkpoints; continue with --resume_from_checkpoint latest, or start anew with "
+            "--overwrite_output_dir"),
+    ]  # fmt: skip
 
 
 def parse_args(argv=None):
     """The checked flags, read-only from here on; defaults that depend on other flags are filled in."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    check_values(parser, args)
-    check_stage(parser, args)
-    check_paths(parser, args)
     refiner = args.stage == "refiner"
-    args.crop = args.crop or ("center" if args.center_crop or refiner else "random_ar")
-    if args.cache_latents and args.crop == "random_ar":
-        parser.error("--cache_latents: --crop random_ar moves the window at every step; give --crop center or bucket")
-    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
-    args.dropped_caption = args.dropped_caption or ("empty" if refiner else "zeros")
-    if args.snr_gamma is None:
-        args.snr_gamma = 0.0 if refiner else 5.0
-    if args.dataloader_num_workers is None:
-        args.dataloader_num_workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    args.lora_alpha = args.lora_alpha or float(args.rank)
-    args.text_encoder_rank = args.text_encoder_rank or args.rank
-    args.text_encoder_alpha = args.text_encoder_alpha or float(args.text_encoder_rank)
+    defaults = {
+        "crop": "center" if args.center_crop or refiner else "random_ar",
+        "dropped_caption": "empty" if refiner else "zeros",
+        "snr_gamma": 0.0 if refiner else 5.0,
+        "dataloader_num_workers": default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        "lora_alpha": float(args.rank),
+        "text_encoder_rank": args.rank,
+        "text_encoder_alpha": float(args.text_encoder_rank or args.rank),
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.use_8bit_adam and args.optimizer == "adamw":
+        args.optimizer = "adamw8bit"
+    check_values(parser, args)
+    for rules in (flag_rules, path_rules):
+        for flag, is_broken, message in rules(args):
+            if is_broken:
+                parser.error(f"--{flag}: {message}")
     return args
 
 
@@ -884,9 +871,9 @@ def fingerprint_parts(*parts):
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer with fp32 masters that computes in its input's dtype, its sum in the product's own kernel.
+    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with fp32 masters and the arithmetic in the input's dtype.
 
-    State-dict keys stay, and so do the gradients but for rounding.
+    The sum is made by the kernel of the product with B, x (…, in) → (…, out); state-dict keys are PEFT's.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -1150,13 +1137,6 @@ def persist(action, path):
             time.sleep(0.5 * 2**attempt)
 
 
-def gives_ranges(url):
-    """Whether the web server of `url` sends the bytes asked for and not the whole file."""
-    request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return response.status == 206
-
-
 def copy_whole(path, stamp, cache_dir):
     """A copy of a URL's or pipe's bytes in `cache_dir`: made once per machine, there whole or not at all."""
     folder = Path(cache_dir) / "shards"
@@ -1165,15 +1145,15 @@ def copy_whole(path, stamp, cache_dir):
     partial = copy.with_suffix(".partial")
 
     def download():
-        with open(partial, "wb") as file:
-            if path.startswith("pipe:"):
-                command = path.removeprefix("pipe:")
-                status = subprocess.run(["bash", "-o", "pipefail", "-c", command], stdout=file).returncode
-                if status:
-                    raise OSError(f"exit status {status}")
-            else:
-                with urllib.request.urlopen(path, timeout=60) as response:
-                    shutil.copyfileobj(response, file, 1 << 20)
+        if path.startswith("pipe:"):
+            command = ["bash", "-o", "pipefail", "-c", path.removeprefix("pipe:")]
+            with open(partial, "wb") as file:
+                status = subprocess.run(command, stdout=file).returncode
+            if status:
+                raise OSError(f"exit status {status}")
+        else:
+            with urllib.request.urlopen(path, timeout=60) as response, open(partial, "wb") as file:
+                shutil.copyfileobj(response, file, 1 << 20)
         expected = stamp.split()[0]  # of a pipe nobody knows
         if expected not in ("None", str(partial.stat().st_size)):
             raise OSError(f"{partial.stat().st_size} bytes, expected {expected}")
@@ -1194,42 +1174,35 @@ class Shard:
     """
 
     def __init__(self, path, cache_dir):
-        self.path, self.remote, self.descriptor = path, None, None  # a descriptor is closed with its last user
-        self.block, self.checked = (0, b""), time.monotonic()
-        file = path
-        if path.startswith("pipe:"):
-            self.stamp = "None"
-            file = copy_whole(path, self.stamp, cache_dir)
-        elif is_remote(path):
-            self.remote, self.url = fsspec.url_to_fs(path)
+        self.path, self.block, self.checked = path, (0, b""), time.monotonic()
+        self.copied, self.stamp = path.startswith("pipe:"), "None"
+        if not self.copied:
+            self.filesystem, self.url = fsspec.url_to_fs(path)
             self.stamp = self.current_stamp()
-            if path.startswith("http") and not persist(lambda: gives_ranges(path), path):
-                file, self.remote = copy_whole(path, self.stamp, cache_dir), None
-        if self.remote is None:
-            self.descriptor = os.open(file, os.O_RDONLY)
-            self.size = os.fstat(self.descriptor).st_size
-        if not is_remote(path):
-            self.stamp = self.current_stamp()
+            self.copied = path.startswith("http") and not persist(self.gives_ranges, path)
+        if self.copied:
+            self.filesystem, self.url = fsspec.url_to_fs(copy_whole(path, self.stamp, cache_dir))
+        self.size = self.filesystem.info(self.url)["size"]
+
+    def gives_ranges(self):
+        """Whether the web server sends the bytes asked for and not the whole file."""
+        request = urllib.request.Request(self.path, headers={"Range": "bytes=0-0"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status == 206
 
     def current_stamp(self):
-        if self.remote is not None:
-            self.remote.invalidate_cache()
-            info = persist(lambda: self.remote.info(self.url), self.path)
-            self.size = info["size"]
-            return f"{self.size} {info.get('ETag') or info.get('LastModified') or info.get('Last-Modified')}"
-        if is_remote(self.path):
+        if self.copied:
             return self.stamp
-        stat = os.fstat(self.descriptor)
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+        self.filesystem.invalidate_cache()
+        info = persist(lambda: self.filesystem.info(self.url), self.path)
+        times = (info.get(name) for name in ("ETag", "LastModified", "Last-Modified", "mtime"))
+        return f"{info['size']} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
         """Errors: OSError when the shard is not the one that was indexed."""
-        if self.remote is not None:
-            if time.monotonic() - self.checked < STAMP_SECONDS:
-                return
-            self.stamp, self.checked = self.current_stamp(), time.monotonic()
-        elif not is_remote(self.path):
-            self.stamp = self.current_stamp()
+        if is_remote(self.path) and time.monotonic() - self.checked < STAMP_SECONDS:
+            return
+        self.stamp, self.checked = self.current_stamp(), time.monotonic()
         if expected is not None and self.stamp != expected:
             raise OSError(f"{self.path}: changed while the run was reading it; start again to index it anew")
 
@@ -1237,15 +1210,12 @@ class Shard:
         """`size` bytes from `offset`. Errors: OSError when there are fewer, or the network fails for good."""
 
         def attempt():
-            if self.remote is None:
-                data = os.pread(self.descriptor, size, offset)
-            else:
-                data = self.remote.cat_file(self.url, start=offset, end=offset + size)
+            data = self.filesystem.cat_file(self.url, start=offset, end=offset + size)
             if len(data) != size:
                 raise OSError(f"{self.path}: {len(data)} bytes at {offset}, expected {size}; changed since indexing?")
             return data
 
-        return attempt() if self.remote is None else persist(attempt, self.path)
+        return persist(attempt, self.path) if is_remote(self.path) else attempt()
 
     def peek(self, offset, size):
         """read(), through a block of READ_AHEAD bytes: for the small members that lie together between images."""
@@ -1254,10 +1224,6 @@ class Shard:
             block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
             start, self.block = offset, (offset, block)
         return block[offset - start : offset - start + size]
-
-    def __del__(self):
-        if self.descriptor is not None:
-            os.close(self.descriptor)
 
 
 # ---- index: one pass over the shards' headers
@@ -1907,7 +1873,7 @@ class ImageDataset(Dataset):
         place = (os.getpid(), row["path"])
         shard = self.shards.get(place)
         if shard is None:
-            if len(self.shards) >= MAX_OPEN_FILES:
+            if len(self.shards) >= MAX_SHARDS:
                 self.shards.pop(list(self.shards)[0], None)
             shard = self.shards[place] = Shard(row["path"], self.cache_dir)
         shard.check_stamp(self.index.stamps.get(row["path"]))
@@ -1950,6 +1916,14 @@ class ImageDataset(Dataset):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
         sizes = {"original_sizes": original_size, "crop_top_lefts": (top, left), "target_sizes": bucket}
         return {"pixels": pixels} | sizes
+
+    def windows(self, rows):
+        """crop_window of each flip of the one row, for --cache_latents, or a text that says what is damaged."""
+        row, bucket = self.index.row(rows[0]), self.bucket_sizes[self.index.buckets[rows[0]]]
+        try:
+            return [self.crop_window(row, bucket, 0, flipped) for flipped in range(1 + self.random_flip)]
+        except ValueError as error:
+            return str(error)
 
     def is_flipped(self, row, step):
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
@@ -2099,21 +2073,6 @@ class EncodingCache:
             raise ValueError(notes[image_id])
         names, numbers = notes[image_id][int(variant)]
         return {name: file.get_tensor(f"{image_id}/{int(variant)}/{name}") for name in names} | numbers
-
-
-class Windows(Dataset):
-    """What --cache_latents encodes of a row: crop_window of each flip, or a text that says what is damaged."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, i):
-        dataset, row = self.dataset, self.dataset.index.row(i)
-        bucket = dataset.bucket_sizes[dataset.index.buckets[i]]
-        try:
-            return [dataset.crop_window(row, bucket, 0, flipped) for flipped in range(1 + dataset.random_flip)]
-        except ValueError as error:
-            return str(error)
 
 
 # ------------------------------------------------------------------------------
@@ -2323,7 +2282,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
     def prepare(rows):
         options = {"num_workers": workers, "worker_init_fn": ignore_signals}
-        stream = iter(DataLoader(Windows(dataset), sampler=rows, batch_size=None, **options))
+        stream = iter(DataLoader(rows, collate_fn=dataset.windows, **options))
 
         def encode(rows):
             samples = {ids[i]: next(stream) for i in rows}
@@ -2360,11 +2319,11 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
     dataset.embeddings = cache
 
 
-def cache_encodings(accelerator, args, models, datasets_):
+def cache_encodings(accelerator, args, models, image_datasets):
     """Fills what --cache_latents and --cache_text_embeddings ask for; the encoders then wait on the CPU."""
     folder = Path(args.cache_dir or args.output_dir) / "encodings"
     folder.mkdir(parents=True, exist_ok=True)
-    for dataset in datasets_:
+    for dataset in image_datasets:
         if args.cache_latents:
             cache_latents(accelerator, models, dataset, folder, args.dataloader_num_workers)
         if args.cache_text_embeddings:
@@ -2584,11 +2543,6 @@ def register_adapter_hooks(accelerator, trained, stage):
     accelerator.register_load_state_pre_hook(load_hook)
 
 
-def checksum(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sync(path):
     """Returns when the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -2598,7 +2552,11 @@ def sync(path):
 
 def make_checksums(folder, names):
     """Text of checksums.json, the file that is written last and makes a checkpoint whole."""
-    return json.dumps({name: checksum(folder / name) for name in sorted(names)}, indent=1)
+    sums = {}
+    for name in sorted(names):
+        with open(folder / name, "rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(sums, indent=1)
 
 
 def complete_checkpoint(partial, final, progress):
@@ -2890,8 +2848,10 @@ def stock_forward(*modules):
 def on_device(device, *modules):
     """Brings those that wait on the CPU to the device, for as long as this lasts."""
     waiting = [module for module in modules if module.device != device]
+    for module in waiting:
+        module.to(device)
     try:
-        yield [module.to(device) for module in waiting]
+        yield
     finally:
         for module in waiting:
             module.to("cpu")
@@ -3085,10 +3045,9 @@ def estimate_resources(args, models, trained, device, images):
     """Memory of a device in bytes, part by part, and the seconds that training on `images` takes at the very least."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     flop += count_vae(models.vae, args.resolution)
-    encoders = ([] if args.cache_latents else [models.vae]) + (
-        [] if args.cache_text_embeddings else models.text_encoders
-    )
-    parts = [models.unet, *encoders]
+    parts = [models.unet]
+    parts += [] if args.cache_latents else [models.vae]
+    parts += [] if args.cache_text_embeddings else models.text_encoders
     masters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for model in parts for p in model.parameters() if not p.requires_grad)
     if args.base_precision != "auto":
@@ -3328,15 +3287,6 @@ def read_reports(run, late=0):
     return lost
 
 
-def is_time_to_save(args, step):
-    return step % args.checkpointing_steps == 0 and step >= args.checkpointing_after_steps
-
-
-def is_time_to_validate(run):
-    every = run.args.validation_steps or run.args.validation_epochs * run.steps_per_epoch
-    return run.progress.step % every == 0 or run.progress.step >= run.max_train_steps
-
-
 def log_metrics(run, bar, grad_norm, last_log):
     """(row, (step, time)) of metrics.jsonl and the trackers: means since the last row."""
     progress = run.progress
@@ -3422,14 +3372,17 @@ def train(run):
 
         done = progress.step >= run.max_train_steps
         logs = done or progress.step % args.logging_steps == 0
-        validates, saves = is_time_to_validate(run), done or is_time_to_save(args, progress.step)
+        validates = (
+            done or progress.step % (args.validation_steps or args.validation_epochs * run.steps_per_epoch) == 0
+        )
+        saves = progress.step % args.checkpointing_steps == 0 and progress.step >= args.checkpointing_after_steps
         # a step's numbers are read a step late, so that none waits for its own, but before anything rests on them
-        read_reports(run, late=0 if logs or validates or saves else 1)
+        read_reports(run, late=0 if logs or validates or saves or done else 1)
         if logs:
             metrics, last_log = log_metrics(run, bar, grad_norm, last_log)
         if validates:
             metrics |= validate_or_stop(run)
-        if saves or run.stopping:
+        if saves or done or run.stopping:
             save_or_rescue(run, last=done or run.stopping)
         if done or run.stopping:
             break
@@ -3469,18 +3422,11 @@ class JsonlTracker(GeneralTracker):
         self.waiting = []
 
 
-def check_world(accelerator):
-    """Errors: InputError when the launcher's processes do not form one world but work side by side."""
-    expected = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != expected:
-        raise InputError(
-            f"--num_processes: the launcher started {expected} processes but they form a world of "
-            f"{accelerator.num_processes}; without a GPU set ACCELERATE_USE_CPU=true"
-        )
-
-
 def make_accelerator(args):
-    """Accelerator with our trackers and without autocast; checks that the launcher's world is the one we are in."""
+    """Accelerator with our trackers and without autocast.
+
+    Errors: InputError when the launcher's processes do not form one world but work side by side.
+    """
     autocast = AutocastKwargs(enabled=False)  # the frozen models are in the weight dtype, the adapters cast themselves
     output_dir = Path(args.output_dir)
     if args.allow_tf32:
@@ -3497,7 +3443,12 @@ def make_accelerator(args):
         ),
         kwargs_handlers=[autocast, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    check_world(accelerator)
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise InputError(
+            f"--num_processes: the launcher started {expected} processes but they form a world of "
+            f"{accelerator.num_processes}; without a GPU set ACCELERATE_USE_CPU=true"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise InputError(
             "--mixed_precision: fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no"
@@ -3607,7 +3558,7 @@ def log_data(index, mix, csv_counts, resolution):
 
 
 def make_data(accelerator, args, seed):
-    """(index, mix, validation index or None); warnings about damage and about the species are logged."""
+    """(dataset, mix, validation dataset or None); warnings about damage and about the species are logged."""
     flag = "--train_shards" if args.train_shards else "--train_data_dir" if args.train_data_dir else "--dataset_name"
     index = load_index(accelerator, args, flag, seed)
     csv_counts = read_species_csv(args.species_csv) if args.species_csv else None
@@ -3616,10 +3567,16 @@ def make_data(accelerator, args, seed):
     if args.crop == "bucket":
         index.bucket_sizes = make_buckets(args.resolution)
         index.buckets = nearest_buckets(index.sizes(), index.bucket_sizes)
-    val_index = load_index(accelerator, args, "--val_shards", seed) if args.val_shards else None
     if accelerator.is_main_process:
         log_data(index, mix, csv_counts, args.resolution)
-    return index, mix, val_index
+    look = {"interpolation": args.image_interpolation_mode, "cache_dir": args.cache_dir or args.output_dir}
+    look |= {"resolution": args.resolution, "aesthetic_scale": args.aesthetic_scale}
+    dataset = ImageDataset(index, seed, crop=args.crop, random_flip=args.random_flip, **look)
+    val_dataset = None
+    if args.val_shards:
+        val_index = load_index(accelerator, args, "--val_shards", seed)
+        val_dataset = ImageDataset(val_index, 0, crop="center", random_flip=False, **look)
+    return dataset, mix, val_dataset
 
 
 def save_run(args, progress, index):
@@ -3698,7 +3655,8 @@ def push_to_hub(args):
 
 def make_run(args, accelerator, progress):
     """Everything the train loop needs, made in the order of the rooms."""
-    index, mix, val_index = make_data(accelerator, args, progress.seed)
+    dataset, mix, val_dataset = make_data(accelerator, args, progress.seed)
+    index = dataset.index
     leave_if_told(accelerator)
     law = make_law(args, accelerator, index, mix)
     if progress.law:  # before the models are loaded, which takes long, and once more when they are known
@@ -3718,14 +3676,9 @@ def make_run(args, accelerator, progress):
         for changed in differences(progress.flags, other_flags(args)) if accelerator.is_main_process else ():
             logger.info("resumed with another %s", changed)
     progress.law, progress.flags = law, other_flags(args)
-    look = (args.resolution, args.crop, args.random_flip, args.image_interpolation_mode)
-    cache_dir = args.cache_dir or args.output_dir
-    dataset = ImageDataset(index, progress.seed, *look, cache_dir, args.aesthetic_scale)
-    val_look = (args.resolution, "center", False, args.image_interpolation_mode, cache_dir, args.aesthetic_scale)
-    val_dataset = ImageDataset(val_index, 0, *val_look) if val_index is not None else None
     if not args.dry_run:
         if args.cache_latents or args.cache_text_embeddings:
-            cache_encodings(accelerator, args, models, [d for d in (dataset, val_dataset) if d is not None])
+            cache_encodings(accelerator, args, models, [d for d in (dataset, val_dataset) if d])
         if args.base_precision != "auto":
             quantize_linears(models.unet, args.base_precision, weight_dtype)
         models.unet.to(accelerator.device)
