@@ -2970,25 +2970,6 @@ def validate(accelerator, models, val_dataset, args, weight_dtype, progress):
 # ---- preview: what --dry_run finds out and draws
 
 
-class MetaAttention(torch.autograd.Function):
-    """Attention on the meta device that keeps for its backward what a fused kernel keeps; counts FLOP in `flop`."""
-
-    flop = 0
-
-    @staticmethod
-    def forward(context, query, key, value):
-        output = torch.empty_like(query)
-        context.save_for_backward(query, key, value, output)
-        MetaAttention.flop += 4 * query.numel() * key.shape[-2]
-        return output
-
-    @staticmethod
-    def backward(context, gradient):
-        query, key, value, _ = context.saved_tensors
-        MetaAttention.flop += 10 * query.numel() * key.shape[-2]  # five products: the scores are computed again
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
 def count_unet(unet, resolution, chunks, stage="base"):
     """(FLOP, bytes kept for the backward) of one image forward and backward through a UNet on the meta device."""
     config, dtype, kept = unet.config, unet.dtype, {}
@@ -3000,12 +2981,12 @@ def count_unet(unet, resolution, chunks, stage="base"):
             kept[storage._cdata] = storage
         return tensor
 
-    def attention(query, key, value, **options):
-        return MetaAttention.apply(query, key, value)
+    def attention(query, key, value, **options):  # on the meta device PyTorch would keep all scores
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
     time_ids = TIME_IDS[stage]
     pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-    side, MetaAttention.flop = resolution // 8, 0
+    side = resolution // 8
     with torch.device("meta"):
         latents = torch.empty(1, config.in_channels, side, side, dtype=dtype)
         prompt_embeds = torch.empty(1, 77 * chunks, config.cross_attention_dim, dtype=dtype)
@@ -3017,7 +2998,7 @@ def count_unet(unet, resolution, chunks, stage="base"):
             output = unet(latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
         size = sum(storage.nbytes() for storage in kept.values())
         output.float().mean().backward()
-    return counter.get_total_flops() + MetaAttention.flop, size
+    return counter.get_total_flops(), size
 
 
 def count_vae(vae, resolution):
