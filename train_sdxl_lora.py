@@ -1102,11 +1102,11 @@ def hash_text(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def write_file(path, data):
-    """Bytes to `path`, there whole or not at all, on the disk when this returns."""
+def write_file(path, *parts):
+    """Bytes, one part after the other, to `path`: there whole or not at all, on the disk when this returns."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -1118,7 +1118,7 @@ def write_safetensors(path, tensors, metadata):
     size = int.from_bytes(raw[:8], "little")
     header = json.dumps(json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    write_file(path, len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    write_file(path, len(header).to_bytes(8, "little"), header, memoryview(raw)[8 + size :])  # uncopied: it is large
 
 
 # ---- sources: shards as byte ranges, wherever they lie
@@ -2509,22 +2509,19 @@ def kohya_state_dict(trained):
     return state
 
 
-def kohya_metadata(trained, stage):
+def save_lora(trained, folder, stage):
+    """Both LoRA files of the unwrapped `trained` models, by name."""
+    adapters = json.dumps(adapter_metadata(trained), sort_keys=True)
+    write_safetensors(Path(folder) / LORA_FILE, adapter_state_dict(trained), {"lora_adapter_metadata": adapters})
     config = trained["unet"].peft_config["default"]
-    return {
+    metadata = {
         "modelspec.architecture": f"stable-diffusion-xl-v1-{stage}/lora",
         "ss_base_model_version": f"sdxl_{stage}_v1-0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
     }
-
-
-def save_lora(trained, folder, stage):
-    """Both LoRA files of the unwrapped `trained` models, by name."""
-    adapters = json.dumps(adapter_metadata(trained), sort_keys=True)
-    write_safetensors(Path(folder) / LORA_FILE, adapter_state_dict(trained), {"lora_adapter_metadata": adapters})
-    write_safetensors(Path(folder) / KOHYA_FILE, kohya_state_dict(trained), kohya_metadata(trained, stage))
+    write_safetensors(Path(folder) / KOHYA_FILE, kohya_state_dict(trained), metadata)
 
 
 def register_adapter_hooks(accelerator, trained, stage):
@@ -2552,11 +2549,13 @@ def sync(path):
 
 def make_checksums(folder, names):
     """Text of checksums.json, the file that is written last and makes a checkpoint whole."""
-    sums = {}
-    for name in sorted(names):
+
+    def checksum(name):
         with open(folder / name, "rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.dumps(sums, indent=1)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return json.dumps(dict(zip(sorted(names), pool.map(checksum, sorted(names)))), indent=1)
 
 
 def complete_checkpoint(partial, final, progress):
