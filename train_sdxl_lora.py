@@ -3402,11 +3402,18 @@ class JsonlTracker(GeneralTracker):
         self.waiting = []
 
 
-def make_accelerator(args):
-    """Accelerator with our trackers and without autocast.
+def check_world(accelerator):
+    """Errors: InputError when the launcher's processes do not form one world but work side by side."""
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise InputError(
+            f"--num_processes: the launcher started {expected} processes but they form a world of "
+            f"{accelerator.num_processes}; without a GPU set ACCELERATE_USE_CPU=true"
+        )
 
-    Errors: InputError when the launcher's processes do not form one world but work side by side.
-    """
+
+def make_accelerator(args):
+    """Accelerator with our trackers and without autocast; checks that the launcher's world is the one we are in."""
     autocast = AutocastKwargs(enabled=False)  # the frozen models are in the weight dtype, the adapters cast themselves
     output_dir = Path(args.output_dir)
     if args.allow_tf32:
@@ -3423,12 +3430,7 @@ def make_accelerator(args):
         ),
         kwargs_handlers=[autocast, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    expected = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != expected:
-        raise InputError(
-            f"--num_processes: the launcher started {expected} processes but they form a world of "
-            f"{accelerator.num_processes}; without a GPU set ACCELERATE_USE_CPU=true"
-        )
+    check_world(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise InputError(
             "--mixed_precision: fp16 needs a CUDA device (a CPU silently computes in fp32); use bf16 or no"
