@@ -20,6 +20,7 @@ Lines that begin with "# Seam:" mark the places meant to be edited, each with it
 
 import argparse
 import csv
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -146,6 +147,7 @@ logger = logging.getLogger("train_sdxl_lora")
 stop = StopSignal()
 if __name__ == "__main__":
     stop.listen()  # here, since the imports below take ten seconds
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks for a package that nobody needs here
 
 import aiohttp
 import configargparse
@@ -461,8 +463,17 @@ class Parser(configargparse.ArgParser):
     """Ends with one line, `prog: error: --flag: …`; the usage is in --help."""
 
     def error(self, message):
-        flag = "--config: " if "config file" in message else ""
-        self.exit(2, f"{self.prog}: error: {flag}{' '.join(message.split())}\n")
+        message = " ".join(message.split()).removeprefix("argument ")
+        kind, _, words = message.partition(": ")
+        flag = words.split(" ")[0].split("=")[0]
+        if kind == "unrecognized arguments":
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message = f"{flag}: there is no such flag" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        elif kind == "the following arguments are required":
+            message = f"{words}: missing; see --help"
+        elif "config file" in message:
+            message = f"--config: {message}"
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def make_parser():
@@ -1182,7 +1193,7 @@ class Shard:
             self.copied = path.startswith("http") and not persist(self.gives_ranges, path)
         if self.copied:
             self.filesystem, self.url = fsspec.url_to_fs(copy_whole(path, self.stamp, cache_dir))
-        self.size = self.filesystem.info(self.url)["size"]
+            self.size = self.filesystem.size(self.url)
 
     def gives_ranges(self):
         """Whether the web server sends the bytes asked for and not the whole file."""
@@ -1195,8 +1206,9 @@ class Shard:
             return self.stamp
         self.filesystem.invalidate_cache()
         info = persist(lambda: self.filesystem.info(self.url), self.path)
+        self.size = info["size"]
         times = (info.get(name) for name in ("ETag", "LastModified", "Last-Modified", "mtime"))
-        return f"{info['size']} {next(filter(None, times), None)}"
+        return f"{self.size} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
         """Errors: OSError when the shard is not the one that was indexed."""

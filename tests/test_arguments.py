@@ -282,14 +282,23 @@ REFUSED = [
     ("--text_encoder_lr_scale -1", "text_encoder_lr_scale", "-1"),
     ("--report_to nonsense", "report_to", "nonsense"),
     (f"--seed {2**70}", "seed", str(2**70)),
+    ("--learning_rte 3", "learning_rte", "no such flag; did you mean --learning_rate?"),
+    ("--train_shard=a.tar", "train_shard", "did you mean --train_shards?"),
+    ("--xyzzy", "xyzzy", "no such flag; see --help"),
+    ("--learning_rate x", "learning_rate", "invalid float value: 'x'"),
 ]
 
 
 @pytest.mark.parametrize("words, flag, found", REFUSED)
 def test_a_wrong_value_ends_with_one_line_that_names_the_flag(capsys, parse, words, flag, found):
     line = refusal(capsys, parse, words)
-    assert re.search(rf"error: (argument )?--{flag}[ :]", line), line
+    assert re.search(rf"error: --{flag}[ :]", line), line
     assert found in line
+
+
+def test_a_flag_that_must_be_given_is_named(capsys, parse):
+    line = refusal(capsys, parse, "", without=["--pretrained_model_name_or_path"])
+    assert "error: --pretrained_model_name_or_path: missing; see --help" in line
 
 
 def test_exactly_one_data_source_is_wanted(capsys, parse):

@@ -64,7 +64,7 @@ LOCK = threading.Lock()
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; by ranges or whole; every nth request ends in an error or a cut connection."""
 
-    ranges, fail_every, requests, delay = True, 0, 0, 0
+    ranges, fail_every, requests, heads, delay = True, 0, 0, 0, 0
     waiting, most_waiting = 0, 0
     protocol_version = "HTTP/1.1"
 
@@ -99,6 +99,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.close_connection = bool(failing)
 
     def do_HEAD(self):
+        type(self).heads += 1
         data = (self.folder / self.path.lstrip("/")).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", len(data))
@@ -152,6 +153,21 @@ def test_a_batch_is_read_at_the_same_time(serve, tmp_path):
     batch = dataset.__getitems__(requests)
     assert 3 < handler.most_waiting <= trainer.IO_THREADS
     assert [item["keys"] for item in batch] == KEYS
+
+
+def test_a_run_remembers_more_shards_than_a_batch_touches(serve, tmp_path):
+    """Once each is known, a read is one request, however many shards lie between two reads of the same."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for n in range(40):
+        write_shard(folder / f"train-{n}.tar", [sample(f"k{n}", png=encode(noise_image(n)))])
+    url, handler = serve(folder)
+    index = load_index([url.replace("{0..2}", "{0..39}")], tmp_path)
+    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
+    first = [dataset.read(index.row(i)) for i in range(40)]
+    handler.requests = handler.heads = 0
+    assert [dataset.read(index.row(i)) for i in range(40)] == first
+    assert (handler.requests, handler.heads) == (40, 0)
 
 
 def test_a_server_that_fails_for_good_ends_the_run_with_its_url(serve, tmp_path):

@@ -397,7 +397,7 @@ def test_a_bad_search_space_is_refused_in_one_line(space, told, words, tmp_path)
         (("--objective", "luck"), (), "--objective: invalid choice"),
         (("--accelerate_config", "no.yaml"), (), "--accelerate_config: no file no.yaml"),
         ((), ("--max_train_steps", 5), "--max_train_steps: the sweep sets it"),
-        ((), ("--no_such_flag", 5), "unrecognized arguments: --no_such_flag"),
+        ((), ("--no_such_flag", 5), "--no_such_flag: there is no such flag"),
         (("--evaluation", "no.yaml"), (), "--evaluation: cannot read no.yaml"),
         (("--prompts", "no.jsonl"), (), "--prompts: "),
         (("--seeds", 1, 1), (), "--seeds: found 1 1"),
