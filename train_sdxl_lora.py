@@ -2637,17 +2637,6 @@ def save_checkpoint(accelerator, output_dir, progress, keep=None, attempts=1):
     return fault is None
 
 
-def rescue_lora(accelerator, trained, args, step):
-    """Writes the LoRA files elsewhere, output_dir being full. Errors: TrainingError on every rank, saying where."""
-    message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, those before it stand; "
-    if accelerator.is_main_process:
-        folder = tempfile.mkdtemp(prefix=f"lora-step-{step}-")
-        unwrapped = {name: accelerator.unwrap_model(model) for name, model in trained.items()}
-        fault = fault_of(lambda: save_lora(unwrapped, folder, args.stage))
-        message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
-    raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
-
-
 def append_jsonl(path, rows):
     """Adds the rows, all or none. Errors: OSError, when the disk is full."""
     size = path.stat().st_size if path.exists() else 0
@@ -2697,22 +2686,11 @@ def verify_checkpoint(folder):
     return None if text == whole else f"damaged: {', '.join(damaged) or 'checksums.json'}"
 
 
-def read_progress(folder):
-    """The checkpoint's Progress. Errors: InputError when another version of the script wrote it."""
-    saved = json.loads((folder / "progress.json").read_text())
-    foreign = sorted(saved.keys() ^ vars(Progress()).keys())
-    if foreign:
-        raise InputError(
-            f"--resume_from_checkpoint: {folder} is of another version of the trainer (progress.json: "
-            f"{', '.join(foreign)}); resume with the train_sdxl_lora.py that lies in the run's folder"
-        )
-    return Progress(**saved)
-
-
 def find_checkpoint(args):
     """(folder, Progress) to resume from, or (None, None); damaged checkpoints are named and passed over.
 
-    Errors: InputError when the checkpoint given by path, or every one there is, is damaged.
+    Errors: InputError when the checkpoint given by path, or every one there is, is damaged, or when another version
+    of the script wrote it.
     """
     if not args.resume_from_checkpoint:
         return None, None
@@ -2722,20 +2700,20 @@ def find_checkpoint(args):
         folders = [checkpoint_path(args)]
     for folder in folders:
         fault = verify_checkpoint(folder)
-        if fault is None:
-            return folder, read_progress(folder)
-        logger.warning("--resume_from_checkpoint: %s is %s; passed over", folder, fault)
+        if fault is not None:
+            logger.warning("--resume_from_checkpoint: %s is %s; passed over", folder, fault)
+            continue
+        saved = json.loads((folder / "progress.json").read_text())
+        foreign = sorted(saved.keys() ^ vars(Progress()).keys())
+        if foreign:
+            raise InputError(
+                f"--resume_from_checkpoint: {folder} is of another version of the trainer (progress.json: "
+                f"{', '.join(foreign)}); resume with the train_sdxl_lora.py that lies in the run's folder"
+            )
+        return folder, Progress(**saved)
     if folders:
         raise InputError(f"--resume_from_checkpoint: no whole checkpoint among {', '.join(map(str, folders))}")
     return None, None
-
-
-def clear_output_dir(output_dir):
-    """Removes what an earlier run left, for --overwrite_output_dir; done only when all is ready to train."""
-    for folder in [path for _, path in list_checkpoints(output_dir)] + [output_dir / "samples"]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in ("metrics.jsonl", "skipped.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
 
 
 def trim_rows(path, progress):
@@ -3012,16 +2990,6 @@ def count_unet(unet, resolution, chunks, stage="base"):
     return counter.get_total_flops(), size
 
 
-def count_vae(vae, resolution):
-    """FLOP of encoding one image."""
-    with torch.device("meta"):
-        twin = AutoencoderKL.from_config(vae.config)
-        pixel_values = torch.empty(1, vae.config.in_channels, resolution, resolution)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin.encode(pixel_values)
-    return counter.get_total_flops()
-
-
 def measure_matmul(device, dtype):
     """FLOP/s of a large matrix product: what no training step can exceed."""
     side, start, count = (8192 if device.type == "cuda" else 1024), 0.0, -2  # two to warm up
@@ -3036,7 +3004,12 @@ def measure_matmul(device, dtype):
 def estimate_resources(args, models, trained, device, images):
     """Memory of a device in bytes, part by part, and the seconds that training on `images` takes at the very least."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
-    flop += count_vae(models.vae, args.resolution)
+    with torch.device("meta"):
+        vae, side = AutoencoderKL.from_config(models.vae.config), args.resolution
+        pixel_values = torch.empty(1, vae.config.in_channels, side, side)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(pixel_values)
+    flop += counter.get_total_flops()
     parts = [models.unet]
     parts += [] if args.cache_latents else [models.vae]
     parts += [] if args.cache_text_embeddings else models.text_encoders
@@ -3139,18 +3112,6 @@ def draw_species(species, most=60):
             draw.rectangle([180, y + 7 * n, 180 + 620 * share / largest, y + 7 * n + 5], fill=colour)
         draw.text((806, y + 5), f"{species[name]['images']:.0f} images", fill="black")
     return sheet
-
-
-def write_preview(args, dataset, batches, facts):
-    """OUTPUT_DIR/preview: preview.json, contact_sheet.png of the first 24 samples, species.png."""
-    folder = Path(args.output_dir) / "preview"
-    folder.mkdir(parents=True, exist_ok=True)
-    requests = [request for _, batch in zip(range(24), batches) for request in batch][:24]
-    draw_contact_sheet(dataset, requests).save(folder / "contact_sheet.png")
-    if facts["species"]:
-        draw_species(facts["species"]).save(folder / "species.png")
-    write_file(folder / "preview.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-    return folder
 
 
 # ------------------------------------------------------------------------------
@@ -3317,12 +3278,22 @@ def validate_or_stop(run):
 
 
 def save_or_rescue(run, last):
-    """Saves a checkpoint. Errors: TrainingError when it was the `last` one and the disk stays full."""
-    args, progress = run.args, run.progress
+    """Saves a checkpoint; the `last` one's LoRA files elsewhere while the disk stays full.
+
+    Errors: TrainingError in that case, on every rank, saying where they are.
+    """
+    args, accelerator, progress = run.args, run.accelerator, run.progress
     attempts = SAVE_ATTEMPTS if last else 1
-    saved = save_checkpoint(run.accelerator, args.output_dir, progress, args.checkpoints_total_limit, attempts)
-    if last and not saved:
-        rescue_lora(run.accelerator, run.trained, args, progress.step)
+    if save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit, attempts) or not last:
+        return
+    message = f"--output_dir: {args.output_dir} is full: checkpoint-{progress.step} was not written, "
+    message += "those before it stand; "
+    if accelerator.is_main_process:
+        folder = tempfile.mkdtemp(prefix=f"lora-step-{progress.step}-")
+        unwrapped = {name: accelerator.unwrap_model(model) for name, model in run.trained.items()}
+        fault = fault_of(lambda: save_lora(unwrapped, folder, args.stage))
+        message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
+    raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
 
 
 def train(run):
@@ -3595,15 +3566,6 @@ def save_run(args, progress, index):
     shutil.copy(script, output_dir / script.name)
 
 
-def init_trackers(accelerator, args, progress):
-    """Starts the trackers; a resumed run goes on in the same W&B run and the same metrics.jsonl."""
-    flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
-    options = {"tensorboard": {"purge_step": progress.step + 1}}
-    options["wandb"] = {"id": progress.run_id, "resume": "allow", "name": Path(args.output_dir).name}
-    options["wandb"]["dir"] = args.output_dir
-    accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
-
-
 def save_model_card(args, metrics, index):
     """README.md of the LoRA: how it was trained, how to load it, the last sample grid."""
     samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
@@ -3728,7 +3690,13 @@ def preview(run):
     facts |= {"global_batch": plan.global_batch, "steps": steps, "steps_per_epoch": run.steps_per_epoch}
     own = steps * plan.global_batch // run.accelerator.num_processes
     facts |= estimate_resources(args, run.models, run.trained, run.accelerator.device, own)
-    folder = write_preview(args, run.loader.dataset, run.batches, facts)
+    folder = Path(args.output_dir) / "preview"
+    folder.mkdir(parents=True, exist_ok=True)
+    requests = [request for _, batch in zip(range(24), run.batches) for request in batch][:24]
+    draw_contact_sheet(run.loader.dataset, requests).save(folder / "contact_sheet.png")
+    if facts["species"]:
+        draw_species(facts["species"]).save(folder / "species.png")
+    write_file(folder / "preview.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     memory, percentiles = facts["memory_bytes"], facts["caption_tokens"]
     filled = [bucket["images"] for bucket in facts["buckets"] if bucket["images"]]
     logger.info("images      %d of %d species, %d unlabelled, %d damaged",
@@ -3776,13 +3744,22 @@ def start(run, checkpoint):
         accelerator.load_state(str(checkpoint))
         logger.info("resumed from %s", checkpoint)
     if accelerator.is_main_process:
-        if args.overwrite_output_dir and checkpoint is None:
-            clear_output_dir(Path(args.output_dir))
-        for name in ("metrics.jsonl", "skipped.jsonl"):
-            trim_rows(Path(args.output_dir) / name, progress)
+        output_dir = Path(args.output_dir)
+        rows = [output_dir / "metrics.jsonl", output_dir / "skipped.jsonl"]
+        if args.overwrite_output_dir and checkpoint is None:  # only now, when all is ready to train
+            for old in [*(path for _, path in list_checkpoints(output_dir)), output_dir / "samples"]:
+                shutil.rmtree(old, ignore_errors=True)
+            for path in rows:
+                path.unlink(missing_ok=True)
+        for path in rows:
+            trim_rows(path, progress)
         note_skipped(args, index, progress, [])
         save_run(args, progress, index)
-    init_trackers(accelerator, args, progress)
+    flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
+    options = {"tensorboard": {"purge_step": progress.step + 1}}  # a resumed run goes on in the same W&B run
+    options["wandb"] = {"id": progress.run_id, "resume": "allow", "name": Path(args.output_dir).name}
+    options["wandb"]["dir"] = args.output_dir
+    accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
 
 
 def finish(run, metrics):

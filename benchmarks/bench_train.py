@@ -3,6 +3,7 @@
     python benchmarks/bench_train.py --peer PATH/train_text_to_image_lora_sdxl.py              # demo model
     python benchmarks/bench_train.py --peer PATH/… --model sdxl --precision bf16 --rank 64     # real size, CUDA
     python benchmarks/bench_train.py --variants cached --profile                               # where a step goes
+    python benchmarks/bench_train.py --checkpoint --model sdxl --rank 64                       # what a save costs
 
 The peer's script comes from https://github.com/huggingface/diffusers (examples/text_to_image); it is not copied here.
 The real size has random weights: speed does not depend on their values. Every run is a process of its own, runs take
@@ -225,19 +226,48 @@ def run(args, name, model, data, folder):
     return {"first": noted["times"][0], "rate": (len(times) - 1) / (times[-1] - times[0]), "peak": noted["peak"]}
 
 
+def make_lora_unet(args):
+    """The UNet on the meta device with its LoRA."""
+    import train_sdxl_lora as trainer
+
+    config = UNET if args.model == "sdxl" else trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
+    with torch.device("meta"):
+        unet = trainer.UNet2DConditionModel.from_config(config).to(trainer.weight_dtype_of(args.precision))
+        unet.requires_grad_(False)
+        trainer.add_adapter(unet, ("to_q", "to_k", "to_v", "to_out.0"), "--rank", r=args.rank, lora_alpha=args.rank)
+    return unet
+
+
 def count_flop(args):
     """(FLOP of an image forward and backward through the UNet with its LoRA, FLOP/s of a matrix product here)."""
     import train_sdxl_lora as trainer
 
-    dtype = trainer.weight_dtype_of(args.precision)
-    config = UNET if args.model == "sdxl" else trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
-    with torch.device("meta"):
-        unet = trainer.UNet2DConditionModel.from_config(config).to(dtype)
-        unet.requires_grad_(False)
-        trainer.add_adapter(unet, ("to_q", "to_k", "to_v", "to_out.0"), "--rank", r=args.rank, lora_alpha=args.rank)
-    flop, _ = trainer.count_unet(unet, args.resolution, 1)
+    flop, _ = trainer.count_unet(make_lora_unet(args), args.resolution, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return flop, trainer.measure_matmul(device, dtype)
+    return flop, trainer.measure_matmul(device, trainer.weight_dtype_of(args.precision))
+
+
+def measure_checkpoint(args):
+    """Prints the seconds that training waits for a checkpoint of adapters and AdamW on this machine's disk."""
+    import train_sdxl_lora as trainer
+
+    unet, masters = make_lora_unet(args), []
+    for module in unet.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                module.register_parameter(name, torch.nn.Parameter(torch.randn(parameter.shape)))
+                masters.append(module._parameters[name])
+                masters[-1].grad = torch.randn(parameter.shape)
+    accelerator = trainer.Accelerator(cpu=True)
+    accelerator.prepare(torch.optim.AdamW(masters, fused=True)).step()
+    trainer.register_adapter_hooks(accelerator, {"unet": unet}, "base")
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for step in range(1, args.rounds + 1):
+            start = time.perf_counter()
+            fault = trainer.write_checkpoint(accelerator, folder, trainer.Progress(step=step))
+            spent = time.perf_counter() - start
+            size = sum(file.stat().st_size for file in Path(folder, f"checkpoint-{step}").iterdir())
+            print(f"checkpoint {step}: {size / 1e6:.1f} MB in {spent:.2f} s" + (f": {fault}" if fault else ""))
 
 
 def report(args, results):
@@ -278,8 +308,11 @@ def main():
     parser.add_argument("--workers", type=int, default=0, help="loader processes of every script")
     parser.add_argument("--threads", type=int, default=2, help="of a process, without a GPU")
     parser.add_argument("--profile", action="store_true", help="where a step of the first variant goes")
+    parser.add_argument("--checkpoint", action="store_true", help="how long training waits for a checkpoint, no more")
     args = parser.parse_args()
     args.resolution = args.resolution or {"demo": 64, "sdxl": 1024}[args.model]
+    if args.checkpoint:
+        return measure_checkpoint(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_images(folder / "data", args.images, args.resolution)
