@@ -43,9 +43,10 @@ import threading
 import time
 import urllib.request
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from unittest import mock
@@ -170,6 +171,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    recursively_apply,
 )
 from diffusers import (
     AutoencoderKL,
@@ -223,6 +225,7 @@ MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads 225 tokens at most
 HEADER_BYTES = 1 << 16  # of an image, in which indexing finds its size; where they are too few it reads all
 SAVE_ATTEMPTS = 4  # of the last checkpoint of a run, SAVE_PAUSE seconds apart, when the disk is full
 SAVE_PAUSE = 2.0
+SAVE_WAIT = 1.0  # s that training waits for a checkpoint; a larger one is written on while it trains
 LOCK_SECONDS = 3  # that a run waits for the output_dir of one that is just ending
 MAX_NONFINITE_STEPS = 30  # in a row, after which skipping them is hopeless: fp16's scale is then below 2^-14
 BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as SDXL was trained (arXiv:2307.01952, app. I)
@@ -2473,7 +2476,7 @@ def adapter_state_dict(trained):
                 key = "text_model." + key.removeprefix("text_model.")
                 # transformers reads DoRA's magnitudes under this name
                 key = key.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")
-            state[f"{name}.{key}"] = tensor.detach().float().cpu().contiguous()
+            state[f"{name}.{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     return state
 
 
@@ -2502,15 +2505,15 @@ def adapter_metadata(trained):
     return metadata
 
 
-def kohya_state_dict(trained):
-    """The same adapters under kohya's keys for ComfyUI and A1111, the effective alpha in `.alpha` tensors.
+def kohya_state_dict(trained, adapters):
+    """What adapter_state_dict gave under kohya's keys for ComfyUI and A1111, with the effective alpha in `.alpha`.
 
     kohya's scale is alpha / rank: for rsLoRA, whose scale is alpha / sqrt(rank), alpha * sqrt(rank) is written.
     """
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     renamed["lora_magnitude_vector"] = "dora_scale"
     state = {}
-    for key, tensor in adapter_state_dict(trained).items():
+    for key, tensor in adapters.items():
         name, _, rest = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".")
         suffix = next(s for s in renamed if rest.endswith(s))
         layer = f"{KOHYA_PREFIXES[name]}_{rest.removesuffix('.' + suffix).replace('.', '_')}"
@@ -2521,35 +2524,55 @@ def kohya_state_dict(trained):
     return state
 
 
-def save_lora(trained, folder, stage):
-    """Both LoRA files of the unwrapped `trained` models, by name."""
-    adapters = json.dumps(adapter_metadata(trained), sort_keys=True)
-    write_safetensors(Path(folder) / LORA_FILE, adapter_state_dict(trained), {"lora_adapter_metadata": adapters})
-    config = trained["unet"].peft_config["default"]
-    metadata = {
+def unwrap_trained(run):
+    """{name: adapted model} without DDP."""
+    return {name: run.accelerator.unwrap_model(model) for name, model in run.trained.items()}
+
+
+def lora_files(trained, stage):
+    """{file name: write(path)} of both LoRA files of the unwrapped `trained` models, copied as they are now."""
+    adapters, config = adapter_state_dict(trained), trained["unet"].peft_config["default"]
+    kohya = {
         "modelspec.architecture": f"stable-diffusion-xl-v1-{stage}/lora",
         "ss_base_model_version": f"sdxl_{stage}_v1-0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
     }
-    write_safetensors(Path(folder) / KOHYA_FILE, kohya_state_dict(trained), metadata)
+    peft = {"lora_adapter_metadata": json.dumps(adapter_metadata(trained), sort_keys=True)}
+    return {
+        LORA_FILE: partial(write_safetensors, tensors=adapters, metadata=peft),
+        KOHYA_FILE: partial(write_safetensors, tensors=kohya_state_dict(trained, adapters), metadata=kohya),
+    }
 
 
-def register_adapter_hooks(accelerator, trained, stage):
-    """Makes accelerator.save_state and load_state keep adapters only: the LoRA file is the adapters' checkpoint."""
+def save_lora(trained, folder, stage):
+    """Writes both LoRA files into `folder`, which it makes. Errors: OSError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, write in lora_files(trained, stage).items():
+        write(Path(folder) / name)
 
-    def save_hook(_models, weights, folder):
-        weights.clear()
-        if accelerator.is_main_process:
-            save_lora(trained, folder, stage)
 
-    def load_hook(prepared, folder):
-        prepared.clear()
-        load_adapter_state_dict(trained, safetensors.torch.load_file(Path(folder) / LORA_FILE))
+def checkpoint_files(run):
+    """{file name: write(path)} of all that a resume needs, copied as it is now, so that training can go on meanwhile.
 
-    accelerator.register_save_state_pre_hook(save_hook)
-    accelerator.register_load_state_pre_hook(load_hook)
+    No rank has a state of its own: every draw is a function of the step, and what a rank holds the others hold too.
+    """
+    files = lora_files(unwrap_trained(run), run.args.stage)
+    for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
+        if part is not None:
+            state = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), part.state_dict())
+            files[name] = partial(torch.save, state)
+    progress = json.dumps(vars(run.progress), indent=1) + "\n"
+    return files | {"progress.json": lambda path: write_file(path, progress.encode())}
+
+
+def load_checkpoint(run, folder):
+    """Puts what checkpoint_files wrote back, but for progress.json."""
+    load_adapter_state_dict(unwrap_trained(run), safetensors.torch.load_file(folder / LORA_FILE))
+    for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
+        if part is not None:
+            part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
 
 
 def sync(path):
@@ -2570,21 +2593,19 @@ def make_checksums(folder, names):
         return json.dumps(dict(zip(sorted(names), pool.map(checksum, sorted(names)))), indent=1)
 
 
-def complete_checkpoint(partial, final, progress):
-    """Turns what Accelerate saved in `partial` into the checkpoint `final`, in one rename."""
-    for leftover in partial.glob("random_states_*"):  # no per-rank state: every draw is a function of the step
-        leftover.unlink()
-    write_file(partial / "progress.json", (json.dumps(vars(progress), indent=1) + "\n").encode())
-    names = [path.name for path in partial.iterdir()]
-    for name in names:
-        sync(partial / name)
-    write_file(partial / "checksums.json", make_checksums(partial, names).encode())
-    sync(partial)
+def complete_checkpoint(unfinished, final, files):
+    """Writes the `files` of checkpoint_files into the folder `unfinished`, which becomes `final` in one rename."""
+    unfinished.mkdir()
+    for name, write in files.items():
+        write(unfinished / name)
+        sync(unfinished / name)
+    write_file(unfinished / "checksums.json", make_checksums(unfinished, files).encode())
+    sync(unfinished)
     metrics = final.parent / "metrics.jsonl"
     if metrics.exists():
         sync(metrics)  # the rows that the checkpoint stands for
     shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that the resume passed over
-    os.rename(partial, final)
+    os.rename(unfinished, final)
     sync(final.parent)
 
 
@@ -2601,40 +2622,52 @@ def fault_of(write):
     return None
 
 
-def write_checkpoint(accelerator, output_dir, progress):
-    """Writes checkpoint-N whole or not at all; None, or on every rank what any of them could not write."""
-    final = Path(output_dir) / f"checkpoint-{progress.step}"
-    partial = Path(output_dir) / f".checkpoint-{progress.step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    fault = next(filter(None, gather_object([fault_of(lambda: accelerator.save_state(str(partial)))])), None)
-    if fault is None and accelerator.is_main_process:
-        fault = fault_of(lambda: complete_checkpoint(partial, final, progress))
-    fault = broadcast_object_list([fault])[0]
-    if accelerator.is_local_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # what was not written, or of a machine with a folder of its own
+def write_checkpoint(output_dir, step, files, keep=None):
+    """Writes checkpoint-N whole or not at all, then prunes those before it to `keep`; the fault, or None."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    unfinished = Path(output_dir) / f".checkpoint-{step}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    fault = fault_of(lambda: complete_checkpoint(unfinished, final, files))
+    if fault is None:
+        for _, old in list_checkpoints(output_dir)[: -keep if keep else 0]:
+            shutil.rmtree(old, ignore_errors=True)
+        logger.info("saved %s", final)
+    else:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        logger.error("--output_dir: checkpoint-%d was not written: %s; those before it stand, free some space",
+            step, fault)  # fmt: skip
     return fault
 
 
-def save_checkpoint(accelerator, output_dir, progress, keep=None, attempts=1):
-    """Whether checkpoint-N stands; then the older ones are pruned to `keep`. All ranks call it and get the same."""
+def save_checkpoint(run, last):
+    """Begins checkpoint-N, and waits SAVE_WAIT s for it; for the `last` one until it stands, in several attempts.
+
+    Errors: TrainingError on every rank when the last one was not written, saying where the LoRA files are.
+    """
+    args, accelerator, progress, fault = run.args, run.accelerator, run.progress, None
     stop.patient = True
-    for attempt in range(attempts):
-        time.sleep(SAVE_PAUSE if attempt else 0)
-        fault = write_checkpoint(accelerator, output_dir, progress)
-        if fault is None:
-            break
-        logger.error("--output_dir: checkpoint-%d was not written: %s; those before it stand, free some space",
-            progress.step, fault)  # fmt: skip
-    if fault is None and accelerator.is_main_process:
-        for _, old in list_checkpoints(output_dir)[: -keep if keep else 0]:
-            shutil.rmtree(old, ignore_errors=True)
-        logger.info("saved %s", Path(output_dir) / f"checkpoint-{progress.step}")
+    if accelerator.is_main_process:
+        if run.saving is not None:
+            run.saving.result()  # one at a time
+        job = (args.output_dir, progress.step, checkpoint_files(run), args.checkpoints_total_limit)
+        run.saving = run.saver.submit(write_checkpoint, *job)
+        wait([run.saving], timeout=None if last else SAVE_WAIT)
+        for _ in range(SAVE_ATTEMPTS - 1 if last else 0):
+            if run.saving.result() is not None:
+                time.sleep(SAVE_PAUSE)
+                run.saving = run.saver.submit(write_checkpoint, *job)
+        fault = run.saving.result() if last else None
+    if last and broadcast_object_list([fault])[0]:
+        message = f"--output_dir: {args.output_dir} is full: checkpoint-{progress.step} was not written, "
+        message += "those before it stand; "
+        if accelerator.is_main_process:
+            folder = f"{tempfile.gettempdir()}/lora-step-{progress.step}-{progress.run_id}"
+            fault = fault_of(lambda: save_lora(unwrap_trained(run), folder, args.stage))
+            message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
+        raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
     accelerator.wait_for_everyone()
     stop.patient = False
     stop.alive()
-    return fault is None
 
 
 def append_jsonl(path, rows):
@@ -3138,6 +3171,8 @@ class Run:
     steps_per_epoch: int
     reports: deque = field(default_factory=deque)  # sent, not yet read
     stopping: bool = False  # the ranks have agreed to
+    saver: ThreadPoolExecutor | None = None  # writes checkpoints on the main process
+    saving: Future | None = None  # the newest one
 
 
 def train_step(run, batch):
@@ -3277,25 +3312,6 @@ def validate_or_stop(run):
     return metrics
 
 
-def save_or_rescue(run, last):
-    """Saves a checkpoint; the `last` one's LoRA files elsewhere while the disk stays full.
-
-    Errors: TrainingError in that case, on every rank, saying where they are.
-    """
-    args, accelerator, progress = run.args, run.accelerator, run.progress
-    attempts = SAVE_ATTEMPTS if last else 1
-    if save_checkpoint(accelerator, args.output_dir, progress, args.checkpoints_total_limit, attempts) or not last:
-        return
-    message = f"--output_dir: {args.output_dir} is full: checkpoint-{progress.step} was not written, "
-    message += "those before it stand; "
-    if accelerator.is_main_process:
-        folder = tempfile.mkdtemp(prefix=f"lora-step-{progress.step}-")
-        unwrapped = {name: accelerator.unwrap_model(model) for name, model in run.trained.items()}
-        fault = fault_of(lambda: save_lora(unwrapped, folder, args.stage))
-        message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
-    raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
-
-
 def train(run):
     """Trains to max_train_steps or until told to stop; returns the last metrics.
 
@@ -3346,7 +3362,7 @@ def train(run):
         if validates:
             metrics |= validate_or_stop(run)
         if saves or done or run.stopping:
-            save_or_rescue(run, last=done or run.stopping)
+            save_checkpoint(run, last=done or run.stopping)
         if done or run.stopping:
             break
     bar.close()
@@ -3644,7 +3660,6 @@ def make_run(args, accelerator, progress):
     trained = add_adapters(args, models, progress.seed)
     if not args.dry_run:
         set_speed(args, models, trained, accelerator.device)
-    register_adapter_hooks(accelerator, trained, args.stage)
 
     global_batch = law["global_batch"]
     learning_rate = args.learning_rate * (global_batch if args.scale_lr else 1)
@@ -3741,7 +3756,7 @@ def start(run, checkpoint):
         if blind:
             found = f"ranks {', '.join(blind)} do not see {checkpoint}"
             raise InputError(f"--output_dir: {found}; put it on a filesystem that all machines share")
-        accelerator.load_state(str(checkpoint))
+        load_checkpoint(run, checkpoint)
         logger.info("resumed from %s", checkpoint)
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
@@ -3769,8 +3784,7 @@ def finish(run, metrics):
     """
     args, accelerator, index = run.args, run.accelerator, run.batches.plan.index
     if accelerator.is_main_process:
-        trained = {name: accelerator.unwrap_model(m) for name, m in run.trained.items()}
-        fault = fault_of(lambda: save_lora(trained, args.output_dir, args.stage))
+        fault = fault_of(lambda: save_lora(unwrap_trained(run), args.output_dir, args.stage))
         fault = fault or fault_of(lambda: save_model_card(args, metrics, index))
         if fault:
             where = f"checkpoint-{run.progress.step} holds the LoRA files"
@@ -3800,7 +3814,8 @@ def main(argv=None):
             if args.dry_run:
                 return preview(run) if accelerator.is_main_process else {}
             start(run, checkpoint)
-            metrics = train(run)
+            with ThreadPoolExecutor(1) as run.saver:  # ends when the checkpoint under way is written
+                metrics = train(run)
         except Preempted:  # before there was anything to save
             stop.mark()
             return {"step": progress.step, "preempted": True}

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -259,15 +260,20 @@ def measure_checkpoint(args):
                 masters.append(module._parameters[name])
                 masters[-1].grad = torch.randn(parameter.shape)
     accelerator = trainer.Accelerator(cpu=True)
-    accelerator.prepare(torch.optim.AdamW(masters, fused=True)).step()
-    trainer.register_adapter_hooks(accelerator, {"unet": unet}, "base")
+    optimizer = accelerator.prepare(torch.optim.AdamW(masters, fused=True))
+    optimizer.step()
+    run = SimpleNamespace(accelerator=accelerator, trained={"unet": unet}, optimizer=optimizer, args=SimpleNamespace())
+    run.args.stage, run.progress = "base", trainer.Progress()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for step in range(1, args.rounds + 1):
             start = time.perf_counter()
-            fault = trainer.write_checkpoint(accelerator, folder, trainer.Progress(step=step))
-            spent = time.perf_counter() - start
+            files = trainer.checkpoint_files(run)
+            copied = time.perf_counter()
+            trainer.write_checkpoint(folder, step, files)
+            written = time.perf_counter()
             size = sum(file.stat().st_size for file in Path(folder, f"checkpoint-{step}").iterdir())
-            print(f"checkpoint {step}: {size / 1e6:.1f} MB in {spent:.2f} s" + (f": {fault}" if fault else ""))
+            print(f"checkpoint {step}: {size / 1e6:.1f} MB, copied in {copied - start:.2f} s, "
+                f"written in {written - copied:.2f} s")  # fmt: skip
 
 
 def report(args, results):

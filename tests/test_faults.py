@@ -510,9 +510,9 @@ def fill_disk(step, budget, failures, module):
     """At the checkpoint of `step` the disk takes `budget` writes and fails the next `failures`."""
     original = module.save_checkpoint
 
-    def save_checkpoint(accelerator, output_dir, progress, *args):
-        disk = FullDisk(budget if progress.step == step else 10**9, failures)
-        return save_on_full_disk(original, disk, module, accelerator, output_dir, progress, *args)
+    def save_checkpoint(run, last):
+        disk = FullDisk(budget if run.progress.step == step else 10**9, failures)
+        return save_on_full_disk(original, disk, module, run, last)
 
     module.SAVE_PAUSE = 0.1
     module.save_checkpoint = save_checkpoint
@@ -522,20 +522,20 @@ def fill_disk_at_every_write(note, module):
     """Tries the checkpoint of step 2 with room for 0, 1, 2, … writes, then for all but the last; then gives it up."""
     original = module.save_checkpoint
 
-    def save_checkpoint(accelerator, output_dir, progress, keep, attempts):
-        if progress.step != 2:
-            return original(accelerator, output_dir, progress, keep, attempts)
-        tries = []
+    def save_checkpoint(run, last):
+        if run.progress.step != 2:
+            return original(run, last)
+        tries, output_dir = [], Path(run.args.output_dir)
         for budget in range(100):
             disk = FullDisk(budget)
-            saved = save_on_full_disk(original, disk, module, accelerator, output_dir, progress, keep, attempts)
-            found = [(p.name, module.verify_checkpoint(p)) for p in Path(output_dir).glob("*checkpoint-*")]
+            save_on_full_disk(original, disk, module, run, last)
+            saved = run.saving.result() is None
+            found = [(p.name, module.verify_checkpoint(p)) for p in output_dir.glob("*checkpoint-*")]
             tries.append([saved, disk.calls, found])
             if saved:
                 break
         Path(note).write_text(json.dumps(tries))
-        shutil.rmtree(Path(output_dir) / "checkpoint-2")
-        return False
+        shutil.rmtree(output_dir / "checkpoint-2")
 
     module.save_checkpoint = save_checkpoint
 
@@ -563,13 +563,15 @@ def test_a_disk_that_is_full_at_the_end_is_tried_again_or_the_lora_is_elsewhere(
     result = assert_ok(run_trainer(argv, tmp_path / "run", setup=partial(fill_disk, 4, 3, 2)))
     assert "checkpoint-4 was not written" in result.output
     assert trainer.verify_checkpoint(tmp_path / "run/checkpoint-4") is None
-    (tmp_path / "elsewhere").mkdir()
-    env = {"TMPDIR": str(tmp_path / "elsewhere")}
-    result = run_trainer(argv, tmp_path / "full", env=env, setup=partial(fill_disk, 4, 3, 8))
+    result = run_trainer(argv, tmp_path / "both-full", setup=partial(fill_disk, 4, 3, 8))
+    assert result.codes == [1]
+    assert re.search(r"nor could \S+/lora-step-4-\S+ take the LoRA", result.output)
+    result = run_trainer(argv, tmp_path / "full", setup=partial(fill_disk, 4, 3, 4))
     assert result.codes == [1]
     folder = re.search(r"the LoRA is in (\S+);", result.output)[1]
     reference = (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes()
     assert (Path(folder) / "pytorch_lora_weights.safetensors").read_bytes() == reference
+    shutil.rmtree(folder)
     assert trainer.verify_checkpoint(tmp_path / "full/checkpoint-2") is None
 
 
@@ -759,3 +761,61 @@ def test_tensorboard_has_every_step_once_after_a_kill(flags, tmp_path):
         events = EventAccumulator(str(folder)).Reload()
         steps += [e.step for e in events.Scalars("loss")] if "loss" in events.Tags()["scalars"] else []
     assert sorted(steps) == [1, 2, 3, 4]
+
+
+# ---- a checkpoint that takes long
+
+
+def slow_save(folder, module):
+    """Checkpoints take a second and a half, of which training waits a twentieth; `folder` notes when what happened."""
+    complete, step = module.complete_checkpoint, module.train_step
+
+    def note(text):
+        with open(folder / "events", "a") as file:
+            file.write(text + "\n")
+
+    def complete_checkpoint(unfinished, final, files):
+        note(f"begin {final.name}")
+        time.sleep(1.5)
+        complete(unfinished, final, files)
+        note(f"end {final.name}")
+
+    def train_step(run, batch):
+        note(f"step {run.progress.step + 1}")
+        return step(run, batch)
+
+    module.SAVE_WAIT, module.complete_checkpoint, module.train_step = 0.05, complete_checkpoint, train_step
+
+
+def slow_save_and_die(folder, module):
+    """The same, and SIGKILL in step 4, while checkpoint-3 is being written."""
+    slow_save(folder, module)
+    original = module.train_step
+
+    def train_step(run, batch):
+        if run.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(run, batch)
+
+    module.train_step = train_step
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_goes_on_while_a_checkpoint_is_written_and_may_die_then(flags, tmp_path, processes):
+    argv = [*flags, "--max_train_steps", 5, "--lora_dropout", 0.3, "--logging_steps", 1]
+    whole = assert_ok(run_trainer([*argv, "--checkpointing_steps", 100], tmp_path / "whole", processes))
+    argv += ["--checkpointing_steps", 3, "--resume_from_checkpoint", "latest"]
+    slow = assert_ok(run_trainer(argv, tmp_path / "slow", processes, setup=partial(slow_save, tmp_path)))
+    assert_same_run(whole, slow, step=5)
+    events = (tmp_path / "events").read_text().splitlines()
+    began, ended = events.index("begin checkpoint-3"), events.index("end checkpoint-3")
+    assert "step 5" in events[began:ended] and events[-2:] == ["begin checkpoint-5", "end checkpoint-5"]
+    # what was written meanwhile is the state of step 3, not of a later one: a run that resumes from it is the same
+    shutil.rmtree(tmp_path / "slow/checkpoint-5")
+    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "slow", processes)), step=5)
+
+    argv += ["--checkpointing_steps", 1]
+    killed = run_trainer(argv, tmp_path / "run", processes, setup=partial(slow_save_and_die, tmp_path), timeout=60)
+    assert -signal.SIGKILL in killed.codes
+    assert (tmp_path / "run/checkpoint-2").is_dir() and not (tmp_path / "run/checkpoint-3").exists()
+    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "run", processes)), step=5)
