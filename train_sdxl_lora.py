@@ -2557,6 +2557,7 @@ def checkpoint_files(run):
     """{file name: write(path)} of all that a resume needs, copied as it is now, so that training can go on meanwhile.
 
     No rank has a state of its own: every draw is a function of the step, and what a rank holds the others hold too.
+    Names and formats are those of Accelerate's save_state, during which training would wait.
     """
     files = lora_files(unwrap_trained(run), run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
