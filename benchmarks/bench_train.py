@@ -4,6 +4,7 @@
     python benchmarks/bench_train.py --peer PATH/… --model sdxl --precision bf16 --rank 64     # real size, CUDA
     python benchmarks/bench_train.py --variants cached --profile                               # where a step goes
     python benchmarks/bench_train.py --checkpoint --model sdxl --rank 64                       # what a save costs
+    python benchmarks/bench_train.py --memory --model sdxl --rank 64 --precision bf16          # what a step takes
 
 The peer's script comes from https://github.com/huggingface/diffusers (examples/text_to_image); it is not copied here.
 The real size has random weights: speed does not depend on their values. Every run is a process of its own, runs take
@@ -12,6 +13,7 @@ time to the first step counts from the start of the process, imports, index and 
 """
 
 import argparse
+import atexit
 import json
 import os
 import resource
@@ -22,11 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
@@ -64,22 +70,22 @@ def wait():
         torch.cuda.synchronize()
 
 
-def watch_steps(out, started, warmup):
-    """Writes to `out`, after every optimizer step, when the steps ended and the peak memory in bytes."""
-    times = []
+def watch_steps(out, started, warmup, steps):
+    """Writes to `out`, when the process ends, when each optimizer step ended and the peak memory in bytes."""
+    times, noted = [], {}
 
     def note(*_):
-        if len(times) in (0, warmup) or len(times) % 10 == 9:
+        if len(times) in (0, warmup, warmup + steps - 1):
             wait()  # what is counted is done
         times.append(time.time() - started)
         on_gpu = torch.cuda.is_available()
         peak = (
             torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         )
-        if len(times) % 10 == 0 or len(times) <= warmup + 1:
-            Path(out).write_text(json.dumps({"times": times, "peak": peak}))
+        noted.update(times=times, peak=peak)
 
     register_optimizer_step_post_hook(note)
+    atexit.register(lambda: Path(out).write_text(json.dumps(noted)))
 
 
 def find_attribute(path):
@@ -143,7 +149,9 @@ def make_sdxl(folder, dtype):
     for part in ("tokenizer", "tokenizer_2", "scheduler", "model_index.json"):
         source = ROOT / "demo/sdxl" / part
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
-    size = {"vocab_size": len(CLIPTokenizer.from_pretrained(folder / "tokenizer")), "max_position_embeddings": 77}
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    size |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         projection_dim=768, hidden_act="quick_gelu", **size)  # fmt: skip
     second = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
@@ -214,7 +222,7 @@ def run(args, name, model, data, folder):
     """{"first": s, "rate": steps/s, "peak": bytes} of one run, or None with its last words shown."""
     script, flags = command_of(args, name, model, data, folder)
     out = Path(f"{folder}.json")
-    command = [sys.executable, __file__, "--child", out, args.warmup, script, *flags]
+    command = [sys.executable, __file__, "--child", out, args.warmup, args.steps, script, *flags]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "BENCH_STARTED": repr(time.time())}
     if not torch.cuda.is_available():
         env |= {"OMP_NUM_THREADS": str(args.threads)}
@@ -229,8 +237,11 @@ def run(args, name, model, data, folder):
 
 def make_lora_unet(args):
     """The UNet on the meta device with its LoRA."""
+    import diffusers
+
     import train_sdxl_lora as trainer
 
+    diffusers.logging.set_verbosity_error()
     config = UNET if args.model == "sdxl" else trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
     with torch.device("meta"):
         unet = trainer.UNet2DConditionModel.from_config(config).to(trainer.weight_dtype_of(args.precision))
@@ -276,6 +287,72 @@ def measure_checkpoint(args):
                 f"written in {written - copied:.2f} s")  # fmt: skip
 
 
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors that exist now, and the most there ever were; a view counts with what it looks at."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return output
+
+
+def simulate_memory(args, checkpointing, batch):
+    """Peak bytes of training steps from cached latents and embeddings, run on PyTorch's fake tensors: they have shapes
+    and lifetimes and no data, so that the real size needs neither a GPU nor its memory."""
+    import train_sdxl_lora as trainer
+
+    unet, half = make_lora_unet(args), trainer.weight_dtype_of(args.precision)
+    with FakeTensorMode():
+        for module in unet.modules():
+            for name, p in module.named_parameters(recurse=False):
+                empty = torch.empty(p.shape, dtype=p.dtype)
+                module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=p.requires_grad))
+        if checkpointing != "none":
+            trainer.set_checkpointing(unet, checkpointing, dropout=False)
+        masters = [p for p in unet.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(masters, fused=True)
+        config, side = unet.config, args.resolution // 8
+        time_ids = 6 * config.addition_time_embed_dim
+        with Allocations(unet.parameters()) as allocations:
+            for _ in range(2):  # the optimizer's moments are there from the first on
+                pooled = torch.empty(batch, config.projection_class_embeddings_input_dim - time_ids, dtype=half)
+                conditions = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}
+                prompt_embeds = torch.empty(batch, 77, config.cross_attention_dim, dtype=half)
+                latents = torch.empty(batch, config.in_channels, side, side, dtype=half)
+                model_pred = unet(latents, torch.empty(batch), prompt_embeds, added_cond_kwargs=conditions).sample
+                (model_pred.float() - torch.empty(latents.shape)).square().mean().backward()
+                torch.nn.utils.clip_grad_norm_(masters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    return allocations.peak
+
+
+def report_memory(args):
+    """Prints the simulated peak memory of a step for each kind of checkpointing, batch 1 and --batch."""
+    for mode in ("none", "blocks", "full"):
+        peaks = (f"batch {n}: {simulate_memory(args, mode, n) / 1e9:5.2f} GB" for n in sorted({1, args.batch}))
+        print(f"{args.model}, {args.precision}, rank {args.rank}, {mode:7} {', '.join(peaks)}", flush=True)
+
+
 def report(args, results):
     flop, speed = count_flop(args)
     print(f"\n{args.model}, {args.resolution} px, batch {args.batch}, rank {args.rank}, {args.precision}, medians of "
@@ -302,7 +379,8 @@ def main():
     )
     parser.add_argument("--model", choices=("demo", "sdxl"), default="demo")
     parser.add_argument("--model_dir", metavar="DIR", help="keeps the full-size snapshot for the next time")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "cached"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "cached"], metavar="NAME",
+        help="of our script; %(choices)s")  # fmt: skip
     parser.add_argument("--resolution", type=int, help="default: 64 for demo, 1024 for sdxl")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
@@ -314,11 +392,16 @@ def main():
     parser.add_argument("--workers", type=int, default=0, help="loader processes of every script")
     parser.add_argument("--threads", type=int, default=2, help="of a process, without a GPU")
     parser.add_argument("--profile", action="store_true", help="where a step of the first variant goes")
+    parser.add_argument("--memory", action="store_true", help="what a step takes, simulated without a GPU, no more")
     parser.add_argument("--checkpoint", action="store_true", help="how long training waits for a checkpoint, no more")
     args = parser.parse_args()
+    if args.images < 12:
+        parser.error(f"--images: {args.images}; at least 12, one of each species that bench_data.py draws")
     args.resolution = args.resolution or {"demo": 64, "sdxl": 1024}[args.model]
     if args.checkpoint:
         return measure_checkpoint(args)
+    if args.memory:
+        return report_memory(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_images(folder / "data", args.images, args.resolution)
@@ -342,8 +425,8 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        out, warmup, script, *flags = sys.argv[2:]
-        watch_steps(out, float(os.environ["BENCH_STARTED"]), int(warmup))
+        out, warmup, steps, script, *flags = sys.argv[2:]
+        watch_steps(out, float(os.environ["BENCH_STARTED"]), int(warmup), int(steps))
         sys.argv = [script, *flags]
         runpy.run_path(script, run_name="__main__")
     else:
