@@ -46,6 +46,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -168,6 +169,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -216,6 +218,7 @@ IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, befor
 READ_AHEAD = 1 << 17  # bytes that indexing reads at once
 IO_THREADS = 16  # reads over the network that a process keeps under way
 STAMP_SECONDS = 60  # how often a shard on the network is asked whether it changed
+GROUP_TIMEOUT = timedelta(hours=2)  # the main process may index or download while the others wait for it
 CACHE_ROWS = 64  # samples in a file of --cache_latents or --cache_text_embeddings
 MAX_OPEN_CACHES = 256  # of these files, memory-mapped, that a process keeps open
 VAE_PIXELS = 1 << 20  # that the VAE encodes at once: at 1024 px an image takes 2.7 GB in fp32 for a moment
@@ -451,7 +454,9 @@ def add_run_arguments(parser):
     add("--seed", type=int, metavar="N", help="every random draw is a function of it; chosen and noted when not given")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="of the frozen models and the arithmetic; adapters are fp32 always")
-    add("--allow_tf32", **switch, help="TF32 matrix products on NVIDIA GPUs")
+    add("--allow_tf32", **switch, help="TF32 matrix products on NVIDIA GPUs (convolutions are by default)")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
+        help="kernels that give the same bits every time; without them a GPU is faster and a resumed run nearly equal")
     add("--report_to", default="tensorboard", metavar="NAME",
         help="tensorboard, wandb, comet_ml, all or none; metrics.jsonl is always written")
     add("--logging_dir", default="logs", metavar="DIR",
@@ -636,6 +641,8 @@ def flag_rules(args):
             f"{args.report_to} is not installed; found all, none, {', '.join(trackers)}"),
         ("hub_token", args.hub_token is not None and args.report_to in ("wandb", "all"),
             "W&B would record it with the command line; log in with `hf auth login` instead"),
+        ("attention_backend", args.attention_backend == "cudnn" and args.deterministic and torch.cuda.is_available(),
+            "cudnn sums in any order; give --no-deterministic or another one"),
         ("cache_latents", args.cache_latents and args.crop == "random_ar",
             "--crop random_ar moves the window at every step; give --crop center or bucket"),
         ("cache_text_embeddings", args.cache_text_embeddings and args.train_text_encoder,
@@ -962,31 +969,58 @@ def add_adapters(args, models, seed):
 # ---- speed and memory: nothing here changes what is computed, beyond rounding
 
 
-def quantize_linears(model, precision, compute_dtype):
-    """Replaces the linear layers by bitsandbytes' in "nf4" (arXiv:2305.14314) or "int8"; .to(device) quantizes them.
+class DequantizedProduct(torch.autograd.Function):
+    """x W^T + b of int8 weights with a scale a row, in x's dtype. For the backward it keeps W alone.
 
-    Errors: InputError when the package is missing.
+    bitsandbytes' layer keeps x too, where checkpointing cannot free it, and rounds x to int8 on CUDA.
     """
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, bias):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return grad @ (weight.to(grad.dtype) * scale.to(grad.dtype)), None, None, None
+
+
+class Int8Linear(torch.nn.Linear):
+    """A frozen Linear in int8, each row of weights with its own scale."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        weight = linear.weight.detach().float()
+        self.register_buffer("scale", weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127)
+        self.weight = torch.nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return DequantizedProduct.apply(x, self.weight, self.scale, self.bias)
+
+
+def make_nf4_linear(linear, compute_dtype):
+    """bitsandbytes' layer with a Linear's weights; .to(device) quantizes them. Errors: InputError without it."""
     try:
         import bitsandbytes.nn as bnb
     except ImportError as error:
-        raise InputError(f"--base_precision: {precision} needs bitsandbytes, which does not load: {error}") from error
+        raise InputError(f"--base_precision: nf4 needs bitsandbytes, which does not load: {error}") from error
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    small = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+    small.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    small.bias = linear.bias
+    small.support_avx512bf16_for_cpu = False  # in eval() it would pack the weights anew, for good and without gradient
+    return small
+
+
+def quantize_linears(model, precision, compute_dtype):
+    """Replaces the linear layers by ones in "nf4" (arXiv:2305.14314) or "int8"."""
     for parent in list(model.modules()):
         for name, linear in parent.named_children():
-            if type(linear) is not torch.nn.Linear:
-                continue
-            shape, frozen = (
-                (linear.in_features, linear.out_features, linear.bias is not None),
-                {"requires_grad": False},
-            )
-            if precision == "nf4":
-                small = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
-                small.weight = bnb.Params4bit(linear.weight.data, quant_type="nf4", **frozen)
-            else:
-                small = bnb.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
-                small.weight = bnb.Int8Params(linear.weight.data, has_fp16_weights=False, **frozen)
-            small.bias = linear.bias
-            setattr(parent, name, small)
+            if type(linear) is torch.nn.Linear:
+                small = Int8Linear(linear) if precision == "int8" else make_nf4_linear(linear, compute_dtype)
+                setattr(parent, name, small)
 
 
 class SdpaAttention(AttnProcessor2_0):
@@ -1010,21 +1044,28 @@ def set_attention(unet, name):
             unet.enable_xformers_memory_efficient_attention()
         else:
             unet.set_attn_processor(SdpaAttention(SDPA_BACKENDS[name]))
-        attention = next(module for module in unet.modules() if isinstance(module, Attention))
-        attention(torch.zeros(1, 16, attention.query_dim, device=unet.device, dtype=unet.dtype)).sum()
+        options = {"device": unet.device, "dtype": unet.dtype}
+        attention = next(m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention)
+        x = torch.zeros(1, 16, attention.query_dim, requires_grad=True, **options)
+        attention(x, torch.zeros(1, 77, attention.cross_attention_dim, **options)).sum().backward()
     except Exception as error:  # whatever the kernels and their packages raise
         where, reason = f"{unet.device.type} in {unet.dtype}", " ".join(str(error).split())[:200]
         raise InputError(f"--attention_backend: {name} does not run here, on {where}: {reason}") from error
 
 
-def choose_checkpointing(mode, device, batch_size, resolution):
-    """--gradient_checkpointing `mode`, for "auto" the least that leaves a fifth of the GPU's free memory free."""
+def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
+    """--gradient_checkpointing `mode`, for "auto" the least that leaves a fifth of the GPU's free memory free.
+
+    `reserved` are bytes that are free now and will not be, such as those of a UNet on the meta device.
+    """
     if mode != "auto":
         return mode
     if device.type != "cuda":
         return "none"
-    free, images = torch.cuda.mem_get_info(device)[0], batch_size * resolution**2 / 1024**2
-    return next((mode for mode, size in ACTIVATION_BYTES.items() if images * size < 0.8 * free), "full")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0] - reserved
+    needed = batch_size * resolution**2 / 1024**2 * dtype.itemsize / 2
+    return next((mode for mode, size in ACTIVATION_BYTES.items() if needed * size < 0.8 * free), "full")
 
 
 def set_checkpointing(unet, mode, dropout):
@@ -1046,6 +1087,7 @@ def compile_blocks(unet):
     Where a compiler is missing or fails, a warning is logged and the blocks stay as they are.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.optimize_ddp = False  # would split blocks whose gradients exceed a bucket
     try:
         torch.compile(lambda x: x.sin() + x.cos())(torch.zeros(8, device=unet.device))
     except Exception as error:  # whatever compilers raise
@@ -1058,7 +1100,8 @@ def compile_blocks(unet):
 def set_speed(args, models, trained, device):
     """Applies --attention_backend, --gradient_checkpointing and --compile to what is trained."""
     set_attention(models.unet, args.attention_backend)
-    mode = choose_checkpointing(args.gradient_checkpointing, device, args.train_batch_size, args.resolution)
+    size = models.unet.dtype, args.train_batch_size, args.resolution
+    mode = choose_checkpointing(args.gradient_checkpointing, device, *size)
     if args.gradient_checkpointing == "auto":
         logger.info("--gradient_checkpointing auto: %s", mode)
     if mode != "none":
@@ -2001,9 +2044,16 @@ def to_pixel_values(pixels):
     return pixels.float().div_(127.5).sub_(1)
 
 
+def to_device(tensor, device):
+    """The tensor on `device`, from pinned memory: the CPU need not wait for what a GPU has still to do."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def move_batch(batch, device):
     """The batch with tensors on `device`; of pixels come `pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
-    moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    moved = {k: to_device(v, device) if torch.is_tensor(v) else v for k, v in batch.items()}
     if "pixels" in moved:
         moved["pixel_values"] = to_pixel_values(moved.pop("pixels"))
     return moved
@@ -2129,7 +2179,7 @@ def encode_prompts(text_encoders, tokenizers, captions, device, chunks=1):
     """
     embeds = []
     for encoder, tokenizer in zip(text_encoders, tokenizers):
-        output = encoder(tokenize(tokenizer, captions, chunks).to(device), output_hidden_states=True)
+        output = encoder(to_device(tokenize(tokenizer, captions, chunks), device), output_hidden_states=True)
         embeds.append(output.hidden_states[-2].unflatten(0, (-1, chunks)).flatten(1, 2))
     return torch.cat(embeds, dim=-1), output.text_embeds[::chunks]
 
@@ -2177,13 +2227,14 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """sample_noise with the shapes of this batch's latents."""
+    """sample_noise with the shapes of this batch's latents, on its device."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
         config, factor = models.vae.config, 2 ** (len(models.vae.config.block_out_channels) - 1)
         shape = (config.latent_channels, *(side // factor for side in batch["pixel_values"].shape[-2:]))
-    return sample_noise(batch["sample_seeds"], shape, models.timestep_band, noise_offset)
+    draws = sample_noise(batch["sample_seeds"], shape, models.timestep_band, noise_offset)
+    return move_batch(draws, batch["original_sizes"].device)
 
 
 def encode_moments(vae, pixel_values):
@@ -2227,15 +2278,15 @@ def diffusion_loss(
 ):
     """(B,) weighted denoising losses of a batch (room 3) with the random `draws` of sample_noise."""
     device, scheduler = batch["original_sizes"].device, models.noise_scheduler
-    noise, timesteps = draws["noise"].to(device), draws["timesteps"].to(device)
+    noise, timesteps = draws["noise"], draws["timesteps"]
 
     moments = batch["moments"] if "moments" in batch else encode_moments(models.vae, batch["pixel_values"])
-    latents = sample_latents(models.vae, moments, draws["vae_noise"].to(device))  # (B, 4, h, w)
+    latents = sample_latents(models.vae, moments, draws["vae_noise"])  # (B, 4, h, w)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
 
     with_empty = dropped_caption == "empty"
     prompt_embeds, pooled_prompt_embeds, empty = encode_captions(models, batch, device, with_empty)
-    dropped = draws["caption_draws"].to(device) < caption_dropout_rate
+    dropped = draws["caption_draws"] < caption_dropout_rate
     prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
     last = batch["aesthetic_scores"][:, None] if models.stage == "refiner" else batch["target_sizes"]
     time_ids = make_time_ids(batch["original_sizes"], batch["crop_top_lefts"], last)
@@ -2274,12 +2325,13 @@ def fill_cache(accelerator, cache, prepare, title):
         missing = [path for path in share if not path.exists()]
         rounds = max(gather_object([len(missing)]))
         encode = prepare([int(i) for path in missing for i in cache.chunks[path]])
-        bar = tqdm(total=len(missing), desc=title, unit="file", leave=False, disable=not missing)
+        total = sum(len(cache.chunks[path]) for path in missing)
+        bar = tqdm(total=total, desc=f"encoding {title}", unit="sample", leave=False, disable=not missing)
         for n in range(rounds):
             leave_if_told(accelerator)
             for path in missing[n : n + 1]:
                 cache.write(path, encode(cache.chunks[path]))
-                bar.update()
+                bar.update(len(cache.chunks[path]))
         bar.close()
         accelerator.wait_for_everyone()
 
@@ -2839,7 +2891,9 @@ def compute_validation_loss(accelerator, models, dataset, args, weight_dtype):
     rounds, requests = (
         validation_requests(dataset.index, args.train_batch_size, r, world, args.val_max_batches) for r in (0, rank)
     )
-    loader = make_loader(dataset, [r for r, _ in requests], args.dataloader_num_workers, pin_memory=False)
+    loader = make_loader(
+        dataset, [r for r, _ in requests], args.dataloader_num_workers, accelerator.device.type == "cuda"
+    )
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     models = unwrap(accelerator, models)
     with evaluating(models):
@@ -2850,8 +2904,8 @@ def compute_validation_loss(accelerator, models, dataset, args, weight_dtype):
                 batch = move_batch(batch, accelerator.device)
                 draws = sample_batch_noise(models, batch, noise_offset=0.0)
                 losses = diffusion_loss(models, batch, draws, weight_dtype).double()[:size]
-                whole = torch.tensor([not replaced for replaced in batch["replaced"][:size]], device=losses.device)
-                total += torch.stack([losses[whole].sum(), whole.sum()])
+                whole = to_device(~torch.tensor(batch["replaced"][:size]), losses.device)
+                total += torch.stack([torch.where(whole, losses, 0.0).sum(), whole.sum()])
     loss_sum, count = accelerator.reduce(total, "sum").tolist()
     return loss_sum / max(count, 1)
 
@@ -3053,7 +3107,8 @@ def estimate_resources(args, models, trained, device, images):
         linears = [m.weight for m in models.unet.modules() if isinstance(m, torch.nn.Linear)]
         saved = models.unet.dtype.itemsize - {"nf4": 0.56, "int8": 1.0}[args.base_precision]  # bytes a weight
         weights -= int(saved * sum(w.numel() for w in linears if not w.requires_grad))
-    checkpointing = choose_checkpointing(args.gradient_checkpointing, device, args.train_batch_size, args.resolution)
+    size = models.unet.dtype, args.train_batch_size, args.resolution
+    checkpointing = choose_checkpointing(args.gradient_checkpointing, device, *size, reserved=weights)
     kept = kept * ACTIVATION_BYTES[checkpointing] / ACTIVATION_BYTES["none"]
     moments = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[args.optimizer]  # bytes a parameter
     memory = {"frozen weights": weights, "adapters, gradients, optimizer": masters * (8 + moments)}
@@ -3214,10 +3269,11 @@ def check_gradients(trained):
 
 @dataclass
 class Report:
-    """What the ranks tell each other about a step: reduced on the device, and nobody waits before reading it."""
+    """What the ranks tell each other about a step; nobody waits for it before it is read."""
 
     step: int
-    sums: torch.Tensor  # (4,) over the ranks: loss, whether the gradient is lost, told to stop, damaged samples
+    sums: torch.Tensor  # (4,) on the CPU, over the ranks: loss, is the gradient lost, told to stop, damaged samples
+    arrived: torch.cuda.Event | None  # until then, on a GPU, `sums` is on its way
     grad_norm: torch.Tensor
     losses: torch.Tensor  # (n,) of this rank, as are the next two
     keys: list
@@ -3227,10 +3283,13 @@ class Report:
 def send_report(run, losses, grad_norm, keys, skipped):
     """Sends the step's Report: the one reduction per optimizer step beside the gradients'."""
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
-    own = own.to(losses.device, non_blocking=True)
+    own = to_device(own, losses.device)
     own[0], own[1] = losses.double().mean(), ~torch.isfinite(grad_norm)
-    sums = run.accelerator.reduce(own, "sum")
-    run.reports.append(Report(run.progress.step + 1, sums, grad_norm, losses, keys, skipped))
+    sums, arrived = run.accelerator.reduce(own, "sum").to("cpu", non_blocking=True), None
+    if losses.device.type == "cuda":
+        arrived = torch.cuda.Event()
+        arrived.record()
+    run.reports.append(Report(run.progress.step + 1, sums, arrived, grad_norm, losses, keys, skipped))
 
 
 def count_lost_step(run, report, loss):
@@ -3262,6 +3321,8 @@ def read_reports(run, late=0):
     lost = False
     while len(run.reports) > (0 if run.stopping else late):
         report = run.reports.popleft()
+        if report.arrived:
+            report.arrived.synchronize()
         loss, nonfinite, told, damaged = report.sums.tolist()
         lost, run.stopping = nonfinite > 0 or not math.isfinite(loss), run.stopping or told > 0
         if lost:
@@ -3339,7 +3400,7 @@ def train(run):
             check_gradients(run.trained)
         send_report(run, torch.cat(losses), grad_norm, keys, skipped)
         losses, keys, skipped = [], [], []
-        lost = args.on_nonfinite == "skip" and read_reports(run)
+        lost = accelerator.scaler is None and args.on_nonfinite == "skip" and read_reports(run)  # a scaler sees to it
         set_learning_rate(run.optimizer, run.lr_schedule(progress.step))
         if not lost:
             run.optimizer.step()
@@ -3415,9 +3476,15 @@ def check_world(accelerator):
 def make_accelerator(args):
     """Accelerator with our trackers and without autocast; checks that the launcher's world is the one we are in."""
     autocast = AutocastKwargs(enabled=False)  # the frozen models are in the weight dtype, the adapters cast themselves
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     output_dir = Path(args.output_dir)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
+    if args.deterministic and torch.cuda.is_available():  # a CPU's are
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch._inductor.config.deterministic = True
     names = [] if args.report_to == "none" else [args.report_to]
     if args.report_to == "all":
         names = [str(tracker) for tracker in get_available_trackers()]
@@ -3428,7 +3495,7 @@ def make_accelerator(args):
         project_config=ProjectConfiguration(
             project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)
         ),
-        kwargs_handlers=[autocast, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[autocast, ddp, InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
     check_world(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cuda":
@@ -3453,6 +3520,8 @@ def explained(args):
             raise
         raise TrainingError(f"--output_dir: cannot write: {error}; make room; {resume}") from error
     except RuntimeError as error:
+        if "deterministic implementation" in str(error):
+            raise InputError(f"--deterministic: {error}; give --no-deterministic") from error
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         logs = Path(args.output_dir) / args.logging_dir / "rank-N.log"

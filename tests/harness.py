@@ -29,6 +29,7 @@ ALONE = SimpleNamespace(
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train_sdxl_lora", "evaluate", "hpo_sweep"])
+_fresh = multiprocessing.get_context("spawn")  # a GPU is not to be had in a fork of what has asked for it
 
 
 @dataclass
@@ -96,7 +97,8 @@ def start_trainer(argv, output_dir, processes=1, env=None, setup=None, script="t
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             world |= {k: str(v) for k, v in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = f"{output_dir}.{rank}.log"
-        child = _context.Process(target=_child, args=(script, argv, world, log, setup))
+        context = _context if world["ACCELERATE_USE_CPU"] == "true" else _fresh
+        child = context.Process(target=_child, args=(script, argv, world, log, setup))
         child.start()
         children.append((child, log))
     return children

@@ -681,13 +681,36 @@ def test_fp16_leaves_out_the_steps_its_scaler_skips_and_gives_up_after_many_in_a
     run = SimpleNamespace(args=args, accelerator=accelerator, progress=progress)
     norm, losses = torch.tensor(float("inf")), torch.tensor([0.1, float("nan")])
     for step in range(trainer.MAX_NONFINITE_STEPS):
-        trainer.count_lost_step(run, trainer.Report(step, None, norm, losses, ["a", "b"], []), float("nan"))
+        trainer.count_lost_step(run, trainer.Report(step, None, None, norm, losses, ["a", "b"], []), float("nan"))
     assert progress.nonfinite_steps == progress.nonfinite_in_a_row == trainer.MAX_NONFINITE_STEPS
     with pytest.raises(trainer.TrainingError, match=r"at step 99, samples b \(31 steps in a row\)"):
-        trainer.count_lost_step(run, trainer.Report(99, None, norm, losses, ["a", "b"], []), float("nan"))
+        trainer.count_lost_step(run, trainer.Report(99, None, None, norm, losses, ["a", "b"], []), float("nan"))
     accelerator.scaler = None
     with pytest.raises(trainer.TrainingError, match="at step 100, samples a, b; no checkpoint holds it"):
-        trainer.count_lost_step(run, trainer.Report(100, None, norm, losses, ["a", "b"], []), 0.1)
+        trainer.count_lost_step(run, trainer.Report(100, None, None, norm, losses, ["a", "b"], []), 0.1)
+
+
+def scale_gradients(module):
+    """A loss scaler as fp16 has it, on the CPU, which loses the fourth step."""
+    lose_a_number((3,), 0, module)
+    make_accelerator = module.make_accelerator
+
+    def with_scaler(args):
+        accelerator = make_accelerator(args)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        return accelerator
+
+    module.make_accelerator = with_scaler
+    module.weight_dtype_of = lambda name: torch.float32
+
+
+def test_with_a_loss_scaler_skip_and_stop_are_the_same(flags, tmp_path):
+    argv = [*flags, "--train_batch_size", 4, "--max_train_steps", 6, "--checkpointing_steps", 6, "--logging_steps", 1]
+    stop = assert_ok(run_trainer(argv, tmp_path / "stop", setup=scale_gradients))
+    skip = assert_ok(run_trainer([*argv, "--on_nonfinite", "skip"], tmp_path / "skip", setup=scale_gradients))
+    assert "step left out: loss is nan" in skip.output and skip.metrics()[-1]["nonfinite_steps"] == 1
+    assert_same_run(stop, skip, step=6)
 
 
 def test_the_error_of_a_lost_loss_comes_before_any_checkpoint_of_it(flags, tmp_path):

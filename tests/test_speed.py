@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import SDXL, assert_ok, run_trainer, start_trainer
 from test_checkpoints import assert_same_run, die_in_micro_step, tensors_of
 
@@ -287,10 +288,14 @@ def test_checkpointing_recomputes_what_it_says_and_auto_takes_the_least(monkeypa
     assert recomputed == {"Transformer2DModel"}
     trainer.set_checkpointing(unet, "full", dropout=False)
     assert "UpBlock2D" in {type(m).__name__ for m in unet.modules() if getattr(m, "gradient_checkpointing", False)}
-    assert trainer.choose_checkpointing("auto", torch.device("cpu"), 4, 1024) == "none"
+    assert trainer.choose_checkpointing("auto", torch.device("cpu"), torch.bfloat16, 4, 1024) == "none"
     for free, batch, wanted in ((80e9, 4, "none"), (20e9, 4, "blocks"), (20e9, 2, "none"), (4e9, 4, "full")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80e9))
-        assert trainer.choose_checkpointing("auto", torch.device("cuda"), batch, 1024) == wanted
+        for dtype, images, reserved in ((torch.bfloat16, batch, 0), (torch.float32, batch / 2, 0)):
+            found = trainer.choose_checkpointing("auto", torch.device("cuda"), dtype, images, 1024, reserved)
+            assert found == wanted
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 80e9))
+    assert trainer.choose_checkpointing("auto", torch.device("cuda"), torch.bfloat16, 2, 1024, 10e9) == "blocks"
 
 
 def test_a_quantized_base_is_small_and_only_its_linear_layers_are():
@@ -306,6 +311,35 @@ def test_a_quantized_base_is_small_and_only_its_linear_layers_are():
         sizes[precision] = sum(m.weight.numel() * m.weight.element_size() for m in linears)
     full = sum(m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Linear))
     assert sizes == {"nf4": full // 2, "int8": full}
+
+
+def test_an_int8_layer_keeps_nothing_of_its_input_and_has_the_gradient_of_its_weights():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(48, 32), torch.randn(5, 7, 48, requires_grad=True)
+    small, kept = trainer.Int8Linear(linear), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = small(x)
+    assert {t.data_ptr() for t in kept} == {small.weight.data_ptr(), small.scale.data_ptr()}
+    rounded = F.linear(x, small.weight * small.scale, small.bias)
+    assert torch.equal(output, rounded) and not small.weight.requires_grad
+    weights = torch.randn_like(output)
+    found, expected = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (output, rounded))
+    assert torch.allclose(found, expected, atol=1e-6)
+    error = (small.weight * small.scale - linear.weight).abs().amax(dim=1)
+    assert (error <= linear.weight.abs().amax(dim=1) / 127 / 2 + 1e-7).all()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_pictures_and_validation_leave_a_quantized_base_as_it_was(flags, world, tmp_path, precision):
+    argv = [*flags, "--base_precision", precision, "--val_shards", world / "data/val", "--max_train_steps", 3]
+    argv += ["--mixed_precision", "bf16", "--val_max_batches", 1]
+    shown = ["--validation_steps", 1, "--validation_prompt", "a meadow"]
+    plain = assert_ok(run_trainer([*argv, "--validation_steps", 3], tmp_path / "plain"))
+    looked = assert_ok(run_trainer([*argv, *shown], tmp_path / "looked"))
+    assert [row["loss"] for row in plain.metrics() if "loss" in row] == [
+        row["loss"] for row in looked.metrics() if "loss" in row
+    ]
+    assert len(list((tmp_path / "looked/samples").glob("*.png"))) == 3
 
 
 def break_compiler(module):
