@@ -48,7 +48,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -158,6 +157,7 @@ import diffusers
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 import safetensors.torch
 import torch
@@ -182,7 +182,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -232,7 +231,7 @@ SAVE_WAIT = 1.0  # s that training waits for a checkpoint; a larger one is writt
 LOCK_SECONDS = 3  # that a run waits for the output_dir of one that is just ending
 MAX_NONFINITE_STEPS = 30  # in a row, after which skipping them is hopeless: fp16's scale is then below 2^-14
 BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as SDXL was trained (arXiv:2307.01952, app. I)
-TIME_IDS = {"base": 6, "refiner": 5}  # numbers beside the caption that a UNet is told; make_time_ids
+TIME_IDS = {"base": 6, "refiner": 5}  # numbers in add_time_ids
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
@@ -272,7 +271,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help.replace(" (default: %(default)s)", "")
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+        untold = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        if untold or "default" in text:
             return text
         shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
         return f"{text} (default: {shown})"
@@ -283,6 +283,8 @@ switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
 # fmt: off
+# Seam: a new flag. Contract: one that changes what is learned is also named in MATHEMATICS (room 7), or a resume would
+# take another value without a word.
 def add_model_arguments(parser):
     group = parser.add_argument_group("Models and LoRA")
     add = group.add_argument
@@ -292,7 +294,7 @@ def add_model_arguments(parser):
     add("--revision", metavar="REV", help="hub revision of the snapshot")
     add("--variant", metavar="NAME", help="weight file variant of the snapshot, say fp16")
     add("--stage", choices=["base", "refiner"], default="base", help="which UNet is trained")
-    add("--refiner_unet", metavar="PATH|ID", 
+    add("--refiner_unet", metavar="PATH|ID",
         help="refiner: the UNet it trains: its folder, a snapshot with unet/, or a hub id")
     add("--text_encoder_2_lora", metavar="FILE",
         help="refiner: base-stage LoRA whose text_encoder_2 part is merged first")
@@ -302,19 +304,19 @@ def add_model_arguments(parser):
     add("--lora_target_modules", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME",
         help="UNet layers that get an adapter")
     add("--use_dora", **switch, help="weight-decomposed LoRA (arXiv:2402.09353)")
-    add("--use_rslora", **switch, help="scale alpha / sqrt(rank) (arXiv:2312.03732)")
+    add("--use_rslora", **switch, help="rank-stabilized LoRA: scale alpha / sqrt(rank) (arXiv:2312.03732)")
     add("--train_text_encoder", **switch, help="adapters on both text encoders too")
     add("--text_encoder_rank", type=int, metavar="R", help="LoRA rank on the encoders; --rank by default")
     add("--text_encoder_alpha", type=float, metavar="A", help="LoRA alpha on the encoders; their rank by default")
     add("--vae_precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="SDXL's own VAE overflows in fp16")
     add("--base_precision", choices=["auto", "nf4", "int8"], default="auto",
-        help="of the frozen UNet's linear layers; auto is --mixed_precision; nf4 and int8 need bitsandbytes")
+        help="precision of the frozen UNet's linear layers; auto follows --mixed_precision; nf4 needs bitsandbytes")
     add("--gradient_checkpointing", nargs="?", const="full", default="none",
         choices=[*ACTIVATION_BYTES, "auto"], type=lambda mode: {"True": "full", "False": "none"}.get(mode, mode),
         help="recompute activations, less memory for a third more time: of the transformer blocks, full (which the "
         "flag alone means), or auto: as little as the GPU's free memory allows")
     add("--attention_backend", choices=["sdpa", *SDPA_BACKENDS, "xformers"], default="sdpa",
-        help="of the UNet; sdpa is PyTorch's own choice")
+        help="attention kernel of the UNet; sdpa lets PyTorch choose")
     add("--compile", **switch, help="compile the UNet's transformer blocks, once per shape of a batch; "
         "where that fails it goes on uncompiled")
 
@@ -334,7 +336,7 @@ def add_data_arguments(parser):
         help="column with the caption; of a list the first is taken")
     add("--max_train_samples", type=int, metavar="N", help="train on N samples only, chosen by --seed")
     add("--max_bad_fraction", type=float, default=0.05, metavar="P",
-        help="end the run when more of the samples are damaged")
+        help="end the run when a larger share of the samples is damaged")
     add("--cache_dir", metavar="DIR", help="for downloads, shard copies, index and encodings; --output_dir by default")
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
     add("--crop", choices=["random_ar", "center", "bucket"],
@@ -420,9 +422,9 @@ def add_checkpoint_arguments(parser):
     add("--output_dir", default="sd-model-finetuned-lora", metavar="DIR", help="everything the run writes")
     add("--overwrite_output_dir", **switch, help="start anew where checkpoints are, deleting them")
     add("--checkpointing_steps", type=int, default=500, metavar="STEPS",
-        help="save all that a resume needs, every so often")
+        help="save a checkpoint every so many optimizer steps")
     add("--checkpointing_after_steps", type=int, default=0, metavar="STEPS", help="no checkpoint before this step")
-    add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N")
+    add("--checkpoints_total_limit", type=int, metavar="N", help="keep only the newest N checkpoints")
     add("--resume_from_checkpoint", metavar="latest|DIR", help="continue; `latest` starts fresh where there is none")
     add("--allow_batch_change", **switch, help="resume with another global batch; the pass goes on where it was")
     add("--push_to_hub", **switch, help="upload the LoRA and its card")
@@ -437,9 +439,9 @@ def add_validation_arguments(parser):
     add("--validation_prompts", metavar="FILE", help="several: one per line, or JSONL with a `prompt` field")
     add("--num_validation_images", type=int, default=4, metavar="N",
         help="pictures per prompt, seeds 0 to N-1 from --seed")
-    add("--validation_steps", type=int, metavar="STEPS", help="validate every so often, and at the end")
+    add("--validation_steps", type=int, metavar="STEPS", help="validate every so many optimizer steps, and at the end")
     add("--validation_epochs", type=int, default=1, metavar="N",
-        help="the same in passes over the data, without --validation_steps")
+        help="validate every N epochs when --validation_steps is not given")
     add("--validation_base_lora", metavar="FILE",
         help="refiner: LoRA of the base model, which begins the sample pictures")
     add("--denoising_start", type=float, default=0.8, metavar="P",
@@ -453,7 +455,7 @@ def add_run_arguments(parser):
     add("--config", is_config_file=True, metavar="FILE", help="YAML file of any of these flags; the command line wins")
     add("--seed", type=int, metavar="N", help="every random draw is a function of it; chosen and noted when not given")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="of the frozen models and the arithmetic; adapters are fp32 always")
+        help="precision of the frozen models and of the computation; adapters are always fp32")
     add("--allow_tf32", **switch, help="TF32 matrix products on NVIDIA GPUs (convolutions are by default)")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
         help="kernels that give the same bits every time; without them a GPU is faster and a resumed run nearly equal")
@@ -461,7 +463,7 @@ def add_run_arguments(parser):
         help="tensorboard, wandb, comet_ml, all or none; metrics.jsonl is always written")
     add("--logging_dir", default="logs", metavar="DIR",
         help="for TensorBoard and the ranks' logs, inside --output_dir")
-    add("--logging_steps", type=int, default=10, metavar="STEPS", help="a row of metrics every so often")
+    add("--logging_steps", type=int, default=10, metavar="STEPS", help="log metrics every so many optimizer steps")
     add("--dry_run", **switch, help="check everything but the UNet's weights, "
         "write OUTPUT_DIR/preview (samples as the network will see them, species, captions, memory), exit")
 # fmt: on
@@ -1617,18 +1619,16 @@ def make_index(table, damage, total=None, **sources):
     """Index of a table with INDEX_SCHEMA's columns."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
-    counts = np.array([len(row) for row in labels.to_pylist()], dtype=np.int64)
-    flat = labels.flatten().to_pylist()
-    names = sorted(set(flat))
-    code_of = {name: code for code, name in enumerate(names)}
+    names = sorted(set(labels.flatten().to_pylist()))
+    codes = pa.compute.index_in(labels.flatten(), pa.array(names, pa.string()))
     return Index(
         table=table,
         damage=damage,
         total=len(table) + count_damaged(damage) if total is None else total,
         id_hashes=np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64),
         label_names=names,
-        label_codes=np.array([code_of[name] for name in flat], dtype=np.int32),
-        label_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        label_codes=codes.to_numpy(zero_copy_only=False).astype(np.int32),
+        label_starts=labels.offsets.to_numpy().astype(np.int64),
         buckets=np.zeros(len(table), dtype=np.int64),
         **sources,
     )
@@ -1897,14 +1897,6 @@ def center_crop(height, width, bucket):
     return int(round((height - bucket[0]) / 2)), int(round((width - bucket[1]) / 2))
 
 
-def resize_to_cover(image, bucket, interpolation):
-    """The image, aspect ratio kept, as small as covers the (height, width) of `bucket`."""
-    height, width = bucket
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    return image if size == image.size else image.resize(size, interpolation)
-
-
 def scale_aesthetic(value, scale):
     """Aesthetic score in 1 to 10 of a sample whose field holds `value`, or None."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
@@ -1962,7 +1954,8 @@ class ImageDataset(Dataset):
     def crop_window(self, row, bucket, step, flipped):
         """The row's picture as the network sees it at `step`, and the sizes it is told. Errors: as open()."""
         image, original_size = self.open(row, bucket)
-        image, (height, width) = resize_to_cover(image, bucket, self.interpolation), bucket
+        height, width = bucket
+        image = ImageOps.cover(image, (width, height), self.interpolation)
         if flipped:
             image = ImageOps.mirror(image)
         if self.crop == "random_ar":
@@ -2196,22 +2189,14 @@ def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
     )
 
 
-def make_time_ids(*parts):
-    """(B, 6) float32 add_time_ids of original_sizes, crop_top_lefts, target_sizes, each (B, 2): (height, width).
-
-    The refiner's are (B, 5): its last part is aesthetic_scores (B, 1). SDXL, arXiv:2307.01952, sec. 2.2. float32
-    always: in bf16 a side of 1365 px would become 1368.
-    """
-    return torch.cat(parts, dim=1).float()
-
-
 # ------------------------------------------------------------------------------
 # 5 Loss
 # ------------------------------------------------------------------------------
 
 
 # Seam: timesteps and noise. Contract: timesteps (B,) int64 within the band, both ends included; noise like the
-# latents; all from the samples' own seeds, so that the draw is the same on any number of processes.
+# latents; all from the samples' own seeds, so that the draw is the same on any number of processes. A new draw comes
+# last in the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
     """Per sample, from its seed: vae_noise and noise (B, *latent_shape), timesteps (B,) int64, caption_draws (B,)."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
@@ -2272,7 +2257,8 @@ def compute_snr_weights(snr, gamma, prediction_type):
     return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
 
 
-# Seam: the objective. Contract: (B,) losses that depend on nothing but the arguments.
+# Seam: the objective. Contract: (B,) losses that depend on nothing but the arguments. Validation calls it too: another
+# objective is another val_loss.
 def diffusion_loss(
     models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
 ):
@@ -2288,14 +2274,15 @@ def diffusion_loss(
     prompt_embeds, pooled_prompt_embeds, empty = encode_captions(models, batch, device, with_empty)
     dropped = draws["caption_draws"] < caption_dropout_rate
     prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
+    # arXiv:2307.01952, sec. 2.2; float32 whatever the weights are: in bf16 a side of 1365 px would become 1368
     last = batch["aesthetic_scores"][:, None] if models.stage == "refiner" else batch["target_sizes"]
-    time_ids = make_time_ids(batch["original_sizes"], batch["crop_top_lefts"], last)
+    add_time_ids = torch.cat([batch["original_sizes"], batch["crop_top_lefts"], last], dim=1)  # (B, 6), refiner (B, 5)
 
     model_pred = models.unet(
         noisy_latents.to(weight_dtype),
         timesteps,
         prompt_embeds.to(weight_dtype),
-        added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(weight_dtype), "time_ids": time_ids},
+        added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(weight_dtype), "time_ids": add_time_ids},
     ).sample
 
     prediction_type = scheduler.config.prediction_type
@@ -2576,11 +2563,6 @@ def kohya_state_dict(trained, adapters):
     return state
 
 
-def unwrap_trained(run):
-    """{name: adapted model} without DDP."""
-    return {name: run.accelerator.unwrap_model(model) for name, model in run.trained.items()}
-
-
 def lora_files(trained, stage):
     """{file name: write(path)} of both LoRA files of the unwrapped `trained` models, copied as they are now."""
     adapters, config = adapter_state_dict(trained), trained["unet"].peft_config["default"]
@@ -2611,7 +2593,7 @@ def checkpoint_files(run):
     No rank has a state of its own: every draw is a function of the step, and what a rank holds the others hold too.
     Names and formats are those of Accelerate's save_state, during which training would wait.
     """
-    files = lora_files(unwrap_trained(run), run.args.stage)
+    files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
             state = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), part.state_dict())
@@ -2622,7 +2604,7 @@ def checkpoint_files(run):
 
 def load_checkpoint(run, folder):
     """Puts what checkpoint_files wrote back, but for progress.json."""
-    load_adapter_state_dict(unwrap_trained(run), safetensors.torch.load_file(folder / LORA_FILE))
+    load_adapter_state_dict(run.trained, safetensors.torch.load_file(folder / LORA_FILE))
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
             part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
@@ -2715,7 +2697,7 @@ def save_checkpoint(run, last):
         message += "those before it stand; "
         if accelerator.is_main_process:
             folder = f"{tempfile.gettempdir()}/lora-step-{progress.step}-{progress.run_id}"
-            fault = fault_of(lambda: save_lora(unwrap_trained(run), folder, args.stage))
+            fault = fault_of(lambda: save_lora(run.trained, folder, args.stage))
             message += f"nor could {folder} take the LoRA ({fault}); " if fault else f"the LoRA is in {folder}; "
         raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
     accelerator.wait_for_everyone()
@@ -2845,15 +2827,6 @@ def lock_output_dir(output_dir):
 # ------------------------------------------------------------------------------
 
 
-def unwrap(accelerator, models):
-    """The models without DDP; their forwards stay what training calls."""
-    return replace(
-        models,
-        unet=accelerator.unwrap_model(models.unet),
-        text_encoders=[accelerator.unwrap_model(encoder) for encoder in models.text_encoders],
-    )
-
-
 @contextmanager
 def evaluating(models):
     """The adapted models in eval mode, no LoRA dropout, no gradients; uncompiled, since that would be other graphs."""
@@ -2885,27 +2858,27 @@ def validation_requests(index, batch_size, rank, world, max_batches):
 
 
 # Seam: the metric to sweep. Contract: a float in metrics.jsonl, lower is better, the same on any number of processes.
-def compute_validation_loss(accelerator, models, dataset, args, weight_dtype):
-    """Mean squared error over every validation sample once, noise and timestep fixed per sample, no weighting."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    rounds, requests = (
-        validation_requests(dataset.index, args.train_batch_size, r, world, args.val_max_batches) for r in (0, rank)
+def compute_validation_loss(run):
+    """Mean of diffusion_loss, unweighted, over every validation sample once, noise and timestep fixed per sample."""
+    args, accelerator, models, index = run.args, run.accelerator, run.unwrapped, run.val_dataset.index
+    world, device = accelerator.num_processes, accelerator.device
+    batches, first = (
+        validation_requests(index, args.train_batch_size, rank, world, args.val_max_batches)
+        for rank in (accelerator.process_index, 0)
     )
-    loader = make_loader(
-        dataset, [r for r, _ in requests], args.dataloader_num_workers, accelerator.device.type == "cuda"
-    )
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    models = unwrap(accelerator, models)
+    requests = [requests for requests, _ in batches]
+    loader = iter(make_loader(run.val_dataset, requests, args.dataloader_num_workers, device.type == "cuda"))
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(models):
-        batches = zip(loader, requests)
-        for _ in rounds:  # rank 0 has the most batches
+        for n in range(len(first)):  # rank 0 has the most batches
             leave_if_told(accelerator)
-            for batch, (_, size) in islice(batches, 1):
-                batch = move_batch(batch, accelerator.device)
-                draws = sample_batch_noise(models, batch, noise_offset=0.0)
-                losses = diffusion_loss(models, batch, draws, weight_dtype).double()[:size]
-                whole = to_device(~torch.tensor(batch["replaced"][:size]), losses.device)
-                total += torch.stack([torch.where(whole, losses, 0.0).sum(), whole.sum()])
+            if n >= len(batches):
+                continue
+            batch, size = move_batch(next(loader), device), batches[n][1]
+            draws = sample_batch_noise(models, batch, noise_offset=0.0)
+            losses = diffusion_loss(models, batch, draws, run.weight_dtype).double()[:size]
+            whole = to_device(~torch.tensor(batch["replaced"][:size]), device)
+            total += torch.stack([torch.where(whole, losses, 0.0).sum(), whole.sum()])
     loss_sum, count = accelerator.reduce(total, "sum").tolist()
     return loss_sum / max(count, 1)
 
@@ -2948,32 +2921,26 @@ def make_pipeline(models):
     return pipeline
 
 
-def generate_images(models, prompts, seeds, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
-    """(n, H, W, 3) float in [0, 1]: a picture per (prompt, seed) by the stock pipelines and the snapshot's sampler.
+def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
+    """(H, W, 3) float in [0, 1]: a picture by the stock pipelines and the snapshot's sampler.
 
-    Each is made alone from CPU noise, so it is the one that diffusers makes from the saved file with that seed. In
-    the refiner stage the base model makes the first `switch_at` of the steps, as users run the two.
+    It is made from CPU noise, so it is the one that diffusers makes from the saved file with that seed. In the
+    refiner stage the base model makes the first `switch_at` of the steps, as users run the two.
     """
-    pipeline, images = make_pipeline(models), []
+    pipeline, device = make_pipeline(models), models.unet.device
+    options = {"num_inference_steps": num_inference_steps, "output_type": "latent"}
+    options["generator"] = torch.Generator().manual_seed(seed)
     encoders = models.vae, *models.text_encoders
-    with (
-        evaluating(models),
-        stock_forward(models.unet, *models.text_encoders),
-        on_device(models.unet.device, *encoders),
-    ):
-        for prompt, seed in zip(prompts, seeds):
-            options = {"num_inference_steps": num_inference_steps, "output_type": "latent"}
-            options["generator"] = torch.Generator().manual_seed(seed)
-            if models.stage == "base":
-                latents = pipeline(prompt, height=resolution, width=resolution, **options).images
-            else:
-                base = models.base_pipeline.to(models.unet.device)
-                latents = base(prompt, height=resolution, width=resolution, denoising_end=switch_at, **options).images
-                base.to("cpu")  # the training step needs the room
-                latents = pipeline(prompt, image=latents, denoising_start=switch_at, **options).images
-            pixels = models.vae.decode((latents / models.vae.config.scaling_factor).to(models.vae.dtype)).sample
-            images.append(VaeImageProcessor().postprocess(pixels.float(), output_type="np")[0])
-    return np.stack(images)
+    with evaluating(models), stock_forward(models.unet, *models.text_encoders), on_device(device, *encoders):
+        if models.stage == "base":
+            latents = pipeline(prompt, height=resolution, width=resolution, **options).images
+        else:
+            base = models.base_pipeline.to(device)
+            latents = base(prompt, height=resolution, width=resolution, denoising_end=switch_at, **options).images
+            base.to("cpu")  # the training step needs the room
+            latents = pipeline(prompt, image=latents, denoising_start=switch_at, **options).images
+        pixels = models.vae.decode((latents / models.vae.config.scaling_factor).to(models.vae.dtype)).sample
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="np")[0]
 
 
 def draw_grid(images, prompts, columns):
@@ -2989,15 +2956,17 @@ def draw_grid(images, prompts, columns):
     return sheet
 
 
-def save_samples(accelerator, models, args, seed, step):
+def save_samples(run):
     """Writes samples/step-N.png, the pictures made by all ranks together, and gives it to the trackers."""
-    jobs = [(prompt, seed + i) for prompt in read_prompts(args) for i in range(args.num_validation_images)]
-    world, rank, numbered = accelerator.num_processes, accelerator.process_index, []
-    for first in range(0, len(jobs), world):
+    args, accelerator, step = run.args, run.accelerator, run.progress.step
+    seeds = range(run.progress.seed, run.progress.seed + args.num_validation_images)
+    jobs = [(prompt, seed) for prompt in read_prompts(args) for seed in seeds]
+    numbered = []
+    for first in range(0, len(jobs), accelerator.num_processes):
         leave_if_told(accelerator)
-        for number, (prompt, seed_) in list(enumerate(jobs))[first : first + world][rank : rank + 1]:
-            look = {"resolution": args.resolution, "switch_at": args.denoising_start}
-            picture = generate_images(unwrap(accelerator, models), [prompt], [seed_], **look)[0]
+        number = first + accelerator.process_index
+        if number < len(jobs):
+            picture = generate_image(run.unwrapped, *jobs[number], args.resolution, switch_at=args.denoising_start)
             numbered.append((number, (picture * 255).round().astype(np.uint8)))
     ordered = [image for _, image in sorted(gather_object(numbered), key=lambda pair: pair[0])]
     if not accelerator.is_main_process:
@@ -3022,24 +2991,25 @@ def log_row(accelerator, row, step):
             logger.error("--output_dir: %s lacks the row of step %d for now: %s", tracker.name, step, fault)
 
 
-def validate(accelerator, models, val_dataset, args, weight_dtype, progress):
+def validate(run):
     """{"val_loss": …} and the best one yet (empty without --val_shards); draws the sample grid of the prompts.
 
     Errors: Preempted, on all ranks together.
     """
+    args, progress = run.args, run.progress
     metrics, best = {}, progress.best
-    if val_dataset is not None:
-        val_loss = compute_validation_loss(accelerator, models, val_dataset, args, weight_dtype)
+    if run.val_dataset is not None:
+        val_loss = compute_validation_loss(run)
         if not best or val_loss < best["val_loss"]:
             best = {"val_loss": val_loss, "step": progress.step}
         metrics = {"val_loss": val_loss, "best_val_loss": best["val_loss"], "best_step": best["step"]}
     if args.validation_prompt or args.validation_prompts:
-        fault = fault_of(lambda: save_samples(accelerator, models, args, progress.seed, progress.step))
+        fault = fault_of(lambda: save_samples(run))
         if fault:
             logger.error("--output_dir: no sample grid of step %d: %s", progress.step, fault)
     progress.best = best
     if metrics:
-        log_row(accelerator, metrics, progress.step)
+        log_row(run.accelerator, metrics, progress.step)
         logger.info("step %d: %s", progress.step, metrics)
     return metrics
 
@@ -3210,12 +3180,13 @@ def draw_species(species, most=60):
 
 @dataclass
 class Run:
-    """What the train loop works on, made in main()."""
+    """What the train loop works on, made in make_run()."""
 
     args: argparse.Namespace
     accelerator: Accelerator
     models: Models  # prepared
-    trained: dict  # name → prepared model with adapters
+    unwrapped: Models  # the same without DDP
+    trained: dict  # name → model with adapters, without DDP
     optimizer: torch.optim.Optimizer
     lr_schedule: object
     batches: MicroBatches
@@ -3238,7 +3209,7 @@ def train_step(run, batch):
     draws = sample_batch_noise(run.models, batch, args.noise_offset)
     if args.lora_dropout:
         torch.manual_seed(torch_seed(DROPOUT_MASK, run.progress.seed, batch["positions"][0]))
-    with accelerator.accumulate(*run.trained.values()):
+    with accelerator.accumulate(run.models.unet, *run.models.text_encoders):
         losses = diffusion_loss(
             run.models,
             batch,
@@ -3367,7 +3338,7 @@ def validate_or_stop(run):
     metrics = {}
     try:
         if not run.stopping:
-            metrics = validate(run.accelerator, run.models, run.val_dataset, run.args, run.weight_dtype, run.progress)
+            metrics = validate(run)
             run.progress.validation_due = False
     except Preempted:
         run.stopping = True
@@ -3575,19 +3546,6 @@ def decide_on_main(accelerator, action):
     return answer
 
 
-def start_progress(args, found):
-    """The checkpoint's Progress, or a fresh one with a seed and a run id, the same on every rank."""
-    if found is not None:
-        if args.seed not in (None, found.seed):
-            raise InputError(
-                f"--seed: {found.seed} then, {args.seed} now; give the value of then or another --output_dir"
-            )
-        return found
-    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "little") >> 1
-    fresh = [Progress(seed=seed, run_id=os.urandom(4).hex())]
-    return broadcast_object_list(fresh)[0]
-
-
 def log_data(index, mix, csv_counts, resolution):
     """Tells what was found: samples, species, damage, small images, where the species CSV and the data disagree."""
     logger.info("%d images of %d species, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
@@ -3739,7 +3697,6 @@ def make_run(args, accelerator, progress):
         prepared = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
         prepared_models, optimizer = dict(zip(trained, prepared[:-1])), prepared[-1]
     encoders = [prepared_models.get(n, m) for n, m in zip(("text_encoder", "text_encoder_2"), models.text_encoders)]
-    models = replace(models, unet=prepared_models["unet"], text_encoders=encoders)
 
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -3752,8 +3709,9 @@ def make_run(args, accelerator, progress):
     return Run(
         args=args,
         accelerator=accelerator,
-        models=models,
-        trained=prepared_models,
+        models=replace(models, unet=prepared_models["unet"], text_encoders=encoders),
+        unwrapped=models,
+        trained=trained,
         optimizer=optimizer,
         lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, max_train_steps),
         batches=batches,
@@ -3806,13 +3764,20 @@ def preview(run):
 
 
 def claim_output_dir(args):
-    """(folder, Progress) to resume from, or (None, None); from here on no other run may write to output_dir.
+    """(checkpoint folder or None, its Progress or a fresh one); from here on no other run may write to output_dir.
 
-    Errors: InputError when one does, or when no checkpoint is whole.
+    Errors: InputError when one does, when no checkpoint is whole, or when --seed is not the checkpoint's.
     """
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
-    return find_checkpoint(args)
+    folder, progress = find_checkpoint(args)
+    if progress is None:
+        seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "little") >> 1
+        return None, Progress(seed=seed, run_id=os.urandom(4).hex())
+    if args.seed not in (None, progress.seed):
+        found = f"{progress.seed} then, {args.seed} now"
+        raise InputError(f"--seed: {found}; give the value of then or another --output_dir")
+    return folder, progress
 
 
 def start(run, checkpoint):
@@ -3854,7 +3819,7 @@ def finish(run, metrics):
     """
     args, accelerator, index = run.args, run.accelerator, run.batches.plan.index
     if accelerator.is_main_process:
-        fault = fault_of(lambda: save_lora(unwrap_trained(run), args.output_dir, args.stage))
+        fault = fault_of(lambda: save_lora(run.trained, args.output_dir, args.stage))
         fault = fault or fault_of(lambda: save_model_card(args, metrics, index))
         if fault:
             where = f"checkpoint-{run.progress.step} holds the LoRA files"
@@ -3877,8 +3842,7 @@ def main(argv=None):
     with stop_signals(), explained(args):
         accelerator = make_accelerator(args)
         prepare_output_dir(accelerator, args)
-        checkpoint, found = decide_on_main(accelerator, lambda: claim_output_dir(args))
-        progress = start_progress(args, found)
+        checkpoint, progress = decide_on_main(accelerator, lambda: claim_output_dir(args))
         try:
             run = make_run(args, accelerator, progress)
             if args.dry_run:

@@ -11,7 +11,6 @@ from train_sdxl_lora import (
     drop_captions,
     encode_prompts,
     load_models,
-    make_time_ids,
     sample_batch_noise,
     tokenize,
 )
@@ -67,7 +66,7 @@ def encode(models, captions):
 
 
 def time_ids_of(sizes, count):
-    return make_time_ids(*(torch.tensor([size] * count, dtype=torch.float32) for size in sizes.values()))
+    return torch.cat([torch.tensor([size] * count, dtype=torch.float32) for size in sizes.values()], dim=1)
 
 
 def make_batch(captions, sizes=SIZES):

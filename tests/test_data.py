@@ -684,7 +684,7 @@ def test_the_centre_crop_is_in_the_middle():
 
 @pytest.mark.parametrize("size", [(40, 60), (61, 37), (1000, 7), (16, 16)])
 def test_resizing_brings_the_short_side_to_the_resolution(size):
-    image = trainer.resize_to_cover(Image.new("RGB", size), (16, 16), Image.Resampling.LANCZOS)
+    image = ImageOps.cover(Image.new("RGB", size), (16, 16), Image.Resampling.LANCZOS)
     assert min(image.size) == 16
     assert max(image.size) == pytest.approx(16 * max(size) / min(size), abs=0.5)
     assert (size[0] > size[1]) == (image.size[0] > image.size[1])

@@ -70,7 +70,7 @@ MOMENTS = {
     "the first step": ("train_step", 1),
     "a micro-step": ("train_step", 4),
     "validation": ("validation_requests", 1),
-    "sampling": ("generate_images", 1),
+    "sampling": ("generate_image", 1),
     "the save of a checkpoint": ("complete_checkpoint", 1),
     "the last step": ("send_report", STEPS),
     "the last validation": ("validate", 2),
