@@ -33,6 +33,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks for a package that nobody needs here
+
 import diffusers
 import numpy as np
 import open_clip
@@ -40,7 +42,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from tqdm.auto import tqdm
@@ -94,8 +96,8 @@ def make_parser():
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the pictures")
     add("--num_inference_steps", type=int, default=30, metavar="STEPS", help="denoising steps")
     add("--guidance_scale", type=float, default=7.0, metavar="G", help="classifier-free guidance; 1 is none")
-    add("--negative_prompt", metavar="TEXT", help="for all; without one the pipeline's own")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights; bf16 on a GPU, else fp32")
+    add("--negative_prompt", metavar="TEXT", help="for all pictures; the pipeline's own by default")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the weights; bf16 on a GPU, else fp32")
     add("--batch_size", type=int, default=4, metavar="N", help="pictures made at once")
 
     add = parser.add_argument_group("Judges").add_argument
@@ -311,10 +313,10 @@ def noise_seed(prompt, seed):
     return trainer.torch_seed(trainer.hash_text(prompt.id), seed)
 
 
-def resolve_dtype(name):
+def resolve_dtype(name, device):
     """torch dtype of --dtype: bf16 on a GPU and fp32 on a CPU unless given."""
     if name is None:
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     return trainer.weight_dtype_of(name)
 
 
@@ -323,11 +325,12 @@ class Painter:
 
     def __init__(self, args, device):
         self.args, self.device, self.loaded = args, device, None
-        options = {"dtype": resolve_dtype(args.dtype), "variant": args.variant}
+        options = {"dtype": resolve_dtype(args.dtype, device), "variant": args.variant}
         load = StableDiffusionXLPipeline.from_pretrained
         base = trainer.load_part(args, load, None, add_watermarker=False, **options)
         if options["dtype"] == torch.float16:
             base.vae.to(torch.float32)  # SDXL's own overflows in fp16
+        base.vae.enable_slicing()  # decodes one by one: in fp32 each picture of 1024 px takes 3 GB
         self.base, self.refiner = base.to(device), None
         if args.refiner_unet:
             folder = None if (Path(args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
@@ -1020,7 +1023,7 @@ def main(argv=None):
     """Draws, judges and writes the report; returns what metrics.json holds."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=trainer.GROUP_TIMEOUT)])
     trainer.check_world(accelerator)
     state = accelerator.state
     logger.handlers, logger.propagate = [logging.StreamHandler()], False

@@ -107,11 +107,11 @@ def make_parser():
     add = parser.add_argument_group("Study").add_argument
     add("--config", is_config_file=True, metavar="FILE", help="YAML file of any of these flags; the command line wins")
     add("--output_dir", required=True, metavar="DIR", help="trials, best_params.yaml, trials.csv, report.html")
-    add("--n_trials", type=int, default=20, metavar="N", help="of the whole study, whoever runs them")
+    add("--n_trials", type=int, default=20, metavar="N", help="trials of the whole study, over all workers")
     add("--objective", choices=list(OBJECTIVES), default="score",
         help="what is best; pareto: adherence and aesthetic, a front instead of one best")
     add("--search_space", metavar="FILE", help="YAML, see README; learning rate, ranks and caption dropout by default")
-    add("--seed", type=int, default=0, metavar="N", help="of what is proposed")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampler")
     add("--startup_trials", type=int, default=8, metavar="N", help="drawn at random before TPE and the pruner begin")
     add("--storage", metavar="URL", help="database of Optuna; a journal in --output_dir by default")
     add("--study_name", default="sweep", metavar="NAME", help="in that database, and the W&B group")
@@ -132,7 +132,7 @@ def make_parser():
     add("--workers", type=int, default=1, metavar="N", help="trials at once on this machine")
     add("--processes_per_trial", type=int, default=1, metavar="N", help="GPUs of a trial")
     add("--accelerate_config", default=str(ROOT / "accelerate_configs/ddp.yaml"), metavar="FILE",
-        help="for accelerate launch")
+        help="config file for accelerate launch")
     return parser
 # fmt: on
 

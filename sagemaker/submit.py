@@ -62,10 +62,10 @@ def make_parser():
         "--max_wait_hours",
         type=float,
         metavar="H",
-        help="of a spot job, waiting included; default: 2 × --max_run_hours",
+        help="limit for a spot job, waiting included; default: 2 × --max_run_hours",
     )
     add("--keep_alive_minutes", type=float, default=0, metavar="MIN",
-        help="that machines stay warm for the next job; not with --spot")  # fmt: skip
+        help="keep the machines warm for the next job; not with --spot")  # fmt: skip
     add = parser.add_argument_group("Data").add_argument
     add("--fastfile", nargs="+", default=[], metavar="NAME=S3URI", help="channels read as needed, say shards")
     add("--file", nargs="+", default=[], metavar="NAME=S3URI", help="channels copied at the start, say the base model")
