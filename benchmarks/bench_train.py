@@ -48,7 +48,8 @@ VARIANTS = {
     "cached, int8, full": [*CACHES, "--base_precision", "int8", "--gradient_checkpointing", "full"],
     "cached, 8-bit Adam, full": [*CACHES, "--use_8bit_adam", "--gradient_checkpointing", "full"],
     "cached, flash": [*CACHES, "--attention_backend", "flash"],
-    "cached, cudnn": [*CACHES, "--attention_backend", "cudnn"],
+    "cached, not deterministic": [*CACHES, "--no-deterministic"],
+    "cached, cudnn": [*CACHES, "--no-deterministic", "--attention_backend", "cudnn"],
 }
 PROFILED = {  # part of a step → (module, function) whose time it is
     "batch to the device": ("train_sdxl_lora", "move_batch"),
@@ -164,6 +165,7 @@ def make_sdxl(folder, dtype):
             ("unet", lambda: UNet2DConditionModel(**UNET)),
         ):
             model().to(dtype if name != "vae" else torch.float32).save_pretrained(folder / name)
+    torch.cuda.empty_cache()  # the runs are other processes and need the room
 
 
 VAE = {
@@ -231,6 +233,8 @@ def run(args, name, model, data, folder):
         print(f"{name}: {done.stderr[-600:]}", flush=True)
         return None
     noted = json.loads(out.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(f"{folder}-cache", ignore_errors=True)
     times = noted["times"][args.warmup :]
     return {"first": noted["times"][0], "rate": (len(times) - 1) / (times[-1] - times[0]), "peak": noted["peak"]}
 
@@ -389,7 +393,8 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=0, help="loader processes of every script")
+    parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
+        help="loader processes of every script; default: 4 with a GPU, else none")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="of a process, without a GPU")
     parser.add_argument("--profile", action="store_true", help="where a step of the first variant goes")
     parser.add_argument("--memory", action="store_true", help="what a step takes, simulated without a GPU, no more")
