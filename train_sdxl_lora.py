@@ -2177,6 +2177,19 @@ def encode_prompts(text_encoders, tokenizers, captions, device, chunks=1):
     return torch.cat(embeds, dim=-1), output.text_embeds[::chunks]
 
 
+def encode_captions(models, batch, device, with_empty=False):
+    """prompt_embeds and pooled_prompt_embeds of a batch, encoded or cached, and the empty caption's pair or None."""
+    if "prompt_embeds" in batch:
+        return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
+    encoders = models.text_encoders, models.tokenizers
+    prompt_embeds, pooled = encode_prompts(
+        *encoders, batch["captions"] + [""] * with_empty, device, models.caption_chunks
+    )
+    if not with_empty:
+        return prompt_embeds, pooled, None
+    return prompt_embeds[:-1], pooled[:-1], (prompt_embeds[-1:], pooled[-1:])
+
+
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
     """Both with the samples where `dropped` (B,) bool replaced by `empty` = (embeds, pooled), or by zeros.
 
@@ -2234,63 +2247,6 @@ def sample_latents(vae, moments, vae_noise):
     """(B, 4, h, w) float32 latents sampled from the posterior with `vae_noise`, scaled."""
     mean, std = moments.float().unbind(dim=1)
     return (mean + std * vae_noise) * vae.config.scaling_factor
-
-
-def encode_captions(models, batch, device, with_empty=False):
-    """prompt_embeds and pooled_prompt_embeds of a batch, encoded or cached, and the empty caption's pair or None."""
-    if "prompt_embeds" in batch:
-        return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
-    encoders = models.text_encoders, models.tokenizers
-    prompt_embeds, pooled = encode_prompts(
-        *encoders, batch["captions"] + [""] * with_empty, device, models.caption_chunks
-    )
-    if not with_empty:
-        return prompt_embeds, pooled, None
-    return prompt_embeds[:-1], pooled[:-1], (prompt_embeds[-1:], pooled[-1:])
-
-
-# Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
-def compute_snr_weights(snr, gamma, prediction_type):
-    """(B,) weights min(snr, gamma) / snr, for v-prediction / (snr + 1); Min-SNR, arXiv:2303.09556, sec. 3.4."""
-    if not gamma:
-        return torch.ones_like(snr)
-    return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
-
-
-# Seam: the objective. Contract: (B,) losses that depend on nothing but the arguments. Validation calls it too: another
-# objective is another val_loss.
-def diffusion_loss(
-    models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
-):
-    """(B,) weighted denoising losses of a batch (room 3) with the random `draws` of sample_noise."""
-    device, scheduler = batch["original_sizes"].device, models.noise_scheduler
-    noise, timesteps = draws["noise"], draws["timesteps"]
-
-    moments = batch["moments"] if "moments" in batch else encode_moments(models.vae, batch["pixel_values"])
-    latents = sample_latents(models.vae, moments, draws["vae_noise"])  # (B, 4, h, w)
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-
-    with_empty = dropped_caption == "empty"
-    prompt_embeds, pooled_prompt_embeds, empty = encode_captions(models, batch, device, with_empty)
-    dropped = draws["caption_draws"] < caption_dropout_rate
-    prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
-    # arXiv:2307.01952, sec. 2.2; float32 whatever the weights are: in bf16 a side of 1365 px would become 1368
-    last = batch["aesthetic_scores"][:, None] if models.stage == "refiner" else batch["target_sizes"]
-    add_time_ids = torch.cat([batch["original_sizes"], batch["crop_top_lefts"], last], dim=1)  # (B, 6), refiner (B, 5)
-
-    model_pred = models.unet(
-        noisy_latents.to(weight_dtype),
-        timesteps,
-        prompt_embeds.to(weight_dtype),
-        added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(weight_dtype), "time_ids": add_time_ids},
-    ).sample
-
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise InputError(f"--prediction_type: the snapshot's is {prediction_type}; expected epsilon or v_prediction")
-    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    return loss * compute_snr_weights(compute_snr(scheduler, timesteps), snr_gamma, prediction_type)
 
 
 # ---- caches, filled
@@ -2392,6 +2348,53 @@ def cache_encodings(accelerator, args, models, image_datasets):
             encoder.to("cpu")
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+# ---- the loss
+
+
+# Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
+def compute_snr_weights(snr, gamma, prediction_type):
+    """(B,) weights min(snr, gamma) / snr, for v-prediction / (snr + 1); Min-SNR, arXiv:2303.09556, sec. 3.4."""
+    if not gamma:
+        return torch.ones_like(snr)
+    return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+
+
+# Seam: the objective. Contract: (B,) losses that depend on nothing but the arguments. Validation calls it too: another
+# objective is another val_loss.
+def diffusion_loss(
+    models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
+):
+    """(B,) weighted denoising losses of a batch (room 3) with the random `draws` of sample_noise."""
+    device, scheduler = batch["original_sizes"].device, models.noise_scheduler
+    noise, timesteps = draws["noise"], draws["timesteps"]
+
+    moments = batch["moments"] if "moments" in batch else encode_moments(models.vae, batch["pixel_values"])
+    latents = sample_latents(models.vae, moments, draws["vae_noise"])  # (B, 4, h, w)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+
+    with_empty = dropped_caption == "empty"
+    prompt_embeds, pooled_prompt_embeds, empty = encode_captions(models, batch, device, with_empty)
+    dropped = draws["caption_draws"] < caption_dropout_rate
+    prompt_embeds, pooled_prompt_embeds = drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty)
+    # arXiv:2307.01952, sec. 2.2; float32 whatever the weights are: in bf16 a side of 1365 px would become 1368
+    last = batch["aesthetic_scores"][:, None] if models.stage == "refiner" else batch["target_sizes"]
+    add_time_ids = torch.cat([batch["original_sizes"], batch["crop_top_lefts"], last], dim=1)  # (B, 6), refiner (B, 5)
+
+    model_pred = models.unet(
+        noisy_latents.to(weight_dtype),
+        timesteps,
+        prompt_embeds.to(weight_dtype),
+        added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(weight_dtype), "time_ids": add_time_ids},
+    ).sample
+
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(f"--prediction_type: the snapshot's is {prediction_type}; expected epsilon or v_prediction")
+    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return loss * compute_snr_weights(compute_snr(scheduler, timesteps), snr_gamma, prediction_type)
 
 
 # ------------------------------------------------------------------------------
@@ -3616,12 +3619,14 @@ def save_model_card(args, metrics, index):
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
     picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
     flags = "\n".join(f"  {k}: {getattr(args, k)}" for k in MATHEMATICS)
-    base_model, pipeline = args.pretrained_model_name_or_path, "StableDiffusionXLPipeline"
+    base_model, pipeline, parts = args.pretrained_model_name_or_path, "StableDiffusionXLPipeline", ""
     if args.stage == "refiner":
         base_model, pipeline = args.refiner_unet, "StableDiffusionXLImg2ImgPipeline"
+        if args.text_encoder_2_lora:
+            parts = ", text_encoder_2=base.text_encoder_2)  # of the base pipeline with its LoRA"
+    on_hub = "" if Path(base_model).expanduser().exists() else f"base_model: {base_model}\n"  # the hub takes no path
     card = f"""---
-base_model: {base_model}
-library_name: diffusers
+{on_hub}library_name: diffusers
 tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 ---
 # LoRA for {base_model}
@@ -3629,7 +3634,7 @@ tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 {picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.
 
 ```python
-pipeline = {pipeline}.from_pretrained("{base_model}")
+pipeline = {pipeline}.from_pretrained("{base_model}"{parts or ")"}
 pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 ```
 

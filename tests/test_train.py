@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tarfile
+from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import torch
 import yaml
 from harness import SDXL, assert_ok, run_trainer
 from PIL import Image
+
+import train_sdxl_lora as trainer
 
 
 def note_samples(folder, module):
@@ -167,9 +170,21 @@ def test_push_to_hub_uploads_without_the_token_in_any_file(flags, tmp_path):
     assert (calls["token"], calls["repo"], calls["repo_id"]) == ("hf_secret", "poke", "me/poke")
     assert "checkpoint-" in calls["ignore_patterns"]
     card = (tmp_path / "run/README.md").read_text()
-    assert "base_model:" in card and "load_lora_weights" in card
+    assert "base_model:" not in card and "load_lora_weights" in card  # the hub refuses a path there
     leaks = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
     assert leaks == []
+
+
+def test_the_model_card_names_a_base_model_of_the_hub_and_the_refiners_text_encoder(tmp_path):
+    argv = ["--pretrained_model_name_or_path", "stabilityai/base", "--train_shards", "a.tar", "--output_dir", tmp_path]
+    more = ["--stage", "refiner", "--refiner_unet", "stabilityai/refiner", "--text_encoder_2_lora", "base.safetensors"]
+    for stage, name in (([], "base"), (more, "refiner")):
+        args = trainer.make_parser().parse_args([*map(str, argv), *stage])
+        trainer.save_model_card(args, {"step": 1}, namedtuple("Index", "label_names")(["a"]))
+        card = (tmp_path / "README.md").read_text()
+        assert f"base_model: stabilityai/{name}\n" in card
+        assert (f'from_pretrained("stabilityai/{name}")\n' in card) == (name == "base")
+        assert ("text_encoder_2=base.text_encoder_2)" in card) == (name == "refiner")
 
 
 def test_checkpoints_in_the_way_are_refused_or_overwritten(flags, tmp_path):
