@@ -3257,12 +3257,10 @@ class Report:
 def send_report(run, losses, grad_norm, keys, skipped):
     """Sends the step's Report: the one reduction per optimizer step beside the gradients'."""
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
-    own = to_device(own, losses.device)
+    own, on_gpu = to_device(own, losses.device), losses.device.type == "cuda"
     own[0], own[1] = losses.double().mean(), ~torch.isfinite(grad_norm)
-    sums, arrived = run.accelerator.reduce(own, "sum").to("cpu", non_blocking=True), None
-    if losses.device.type == "cuda":
-        arrived = torch.cuda.Event()
-        arrived.record()
+    sums = run.accelerator.reduce(own, "sum").to("cpu", non_blocking=on_gpu)
+    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
     run.reports.append(Report(run.progress.step + 1, sums, arrived, grad_norm, losses, keys, skipped))
 
 
