@@ -3,6 +3,7 @@ import torch
 from harness import SDXL
 from world import make_dataset
 
+pytest.register_assert_rewrite("compare")  # so that a failure shows both sides
 torch.set_num_threads(1)
 
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,49 @@ def assert_ok(result):
     assert result.codes == [0] * len(result.codes), result.output[-3000:]
     return result
 
+
+# ---- the script as its own process, as a user starts it
+
+
+def command(argv, output_dir, launcher=(), processes=1):
+    words = [sys.executable]
+    if launcher:
+        words += ["-m", "accelerate.commands.launch", *launcher, "--num_processes", processes]
+        words += ["--main_process_port", free_port()]
+    return [str(word) for word in [*words, ROOT / "train_sdxl_lora.py", *argv, "--output_dir", output_dir]]
+
+
+def start_command(words, log, **env):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | env
+    with open(log, "w") as stream:
+        return subprocess.Popen(words, env=env, stdout=stream, stderr=stream, start_new_session=True)
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "what was waited for never came"
+        time.sleep(0.02)
+
+
+def rows(output_dir):
+    path = Path(output_dir) / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def trainers(output_dir):
+    """Processes of this machine whose command line names `output_dir`, launchers and loader processes included."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(output_dir) in path.read_text().split("\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+# ---- a page in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAME = """<!doctype html><iframe id=f src="page.html" width=WIDTH height=900></iframe><script>

@@ -1,7 +1,6 @@
 """Room 7: what is saved is all there is, appears whole, and loads in stock diffusers."""
 
 import json
-import os
 import re
 import signal
 from functools import partial
@@ -10,40 +9,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from compare import assert_same_run
 from diffusers import StableDiffusionXLPipeline
 from harness import SDXL, assert_ok, run_trainer
+from hooks import die_in_micro_step, keep_own_pictures
 
 PROMPT = "Aquafin, standing on a beach, facing left"
 HARD = ["--train_text_encoder", "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2, "--max_train_steps", 6]
 HARD += ["--checkpointing_steps", 2, "--logging_steps", 3, "--random_flip", "--noise_offset", 0.05]
-
-
-def die_in_micro_step(number, module):
-    """kill -9 itself in the middle of an update: after `number` micro-steps."""
-    original, calls = module.train_step, []
-
-    def train_step(run, batch):
-        calls.append(1)
-        if len(calls) > number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(run, batch)
-
-    module.train_step = train_step
-
-
-def flatten(name, value):
-    """(name, tensor) of every number and tensor in nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from flatten(f"{name}.{key}", inner)
-    elif isinstance(value, (int, float, torch.Tensor)):
-        yield name, torch.as_tensor(value)
-
-
-def tensors_of(folder):
-    """All that a checkpoint holds of adapters and optimizer, by name."""
-    adapters = safetensors.torch.load_file(folder / "pytorch_lora_weights.safetensors")
-    return adapters | dict(flatten("optimizer", torch.load(folder / "optimizer.bin", weights_only=True)))
 
 
 def note_shapes(folder, module):
@@ -56,14 +29,6 @@ def note_shapes(folder, module):
         return original(run, batch)
 
     module.train_step = train_step
-
-
-def assert_same_run(a, b, step):
-    first, second = tensors_of(a.output_dir / f"checkpoint-{step}"), tensors_of(b.output_dir / f"checkpoint-{step}")
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different
-    assert a.metrics() == b.metrics()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -153,17 +118,6 @@ def test_the_oldest_checkpoints_are_pruned(flags, tmp_path):
 def test_no_checkpoint_before_checkpointing_after_steps(flags, tmp_path):
     assert_ok(run_trainer([*flags, "--checkpointing_steps", 1, "--checkpointing_after_steps", 3], tmp_path / "run"))
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-
-
-def keep_own_pictures(path, module):
-    original = module.generate_image
-
-    def generate_image(*args, **kwargs):
-        images = original(*args, **kwargs)
-        np.save(path, images)
-        return images
-
-    module.generate_image = generate_image
 
 
 def stock_picture(folder, name, seed):

@@ -11,9 +11,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from harness import ROOT, SDXL, Result, assert_ok, run_trainer
-from test_checkpoints import assert_same_run
-from test_faults import rows, trainers
+from compare import assert_same_run
+from harness import ROOT, SDXL, Result, assert_ok, rows, run_trainer, trainers
 
 spec = importlib.util.spec_from_file_location("entry", ROOT / "sagemaker/entry.py")
 entry = importlib.util.module_from_spec(spec)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compare import assert_same_run
 from harness import ROOT, Result, assert_ok, free_port, run_trainer
-from test_checkpoints import assert_same_run
 
 CONFIG = ROOT / "accelerate_configs/ddp.yaml"
 

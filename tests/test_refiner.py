@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from compare import assert_same_run
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from harness import ROOT, SDXL, assert_ok, run_trainer
-from test_checkpoints import assert_same_run, die_in_micro_step, keep_own_pictures
+from hooks import die_in_micro_step, keep_own_pictures
+from shards import sample, write_shard
 
 import train_sdxl_lora as trainer
 
@@ -188,8 +190,6 @@ def test_the_score_is_the_field_divided_and_clipped(field, scale, score):
 
 
 def test_another_field_of_the_metadata_is_the_score(tmp_path):
-    from test_data import sample, write_shard
-
     shard = write_shard(tmp_path / "a.tar", [sample("a", json=json.dumps({"likes": 31, "ae_aesthetic": 50}).encode())])
     rows, _ = trainer.index_shard(trainer.Shard(str(shard), None), "species_list", "likes")
     assert rows[0]["score"] == 31

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, SDXL, Result, assert_ok, run_trainer
+from compare import assert_same_run
+from harness import ROOT, SDXL, Result, assert_ok, rows, run_trainer
 from slurm_cluster import call, cluster, why_not
-from test_checkpoints import assert_same_run
-from test_faults import rows
 from test_sweep import trials_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]

@@ -1,21 +1,18 @@
-"""Where the bytes come from, and what is wrong with them: buckets, web servers, pipes, tables; generated damage."""
+"""Where the bytes come from: web servers, pipes, S3, tables; and shards that change while a run reads them."""
 
 import functools
 import http.server
-import io
 import os
 import re
 import socketserver
-import tarfile
 import threading
 import time
 from types import SimpleNamespace
 
 import datasets
-import numpy as np
 import pytest
 from harness import ALONE
-from test_data import encode, index_of, index_shard, noise_image, open_image, sample, write_shard
+from shards import encode, load_index, noise_image, sample, write_shard
 
 import train_sdxl_lora as trainer
 
@@ -36,14 +33,6 @@ def shards(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
-
-
-def load_index(patterns, tmp_path, **flags):
-    flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": str(tmp_path)} | flags
-    args = SimpleNamespace(
-        train_shards=patterns, species_key="species_list", aesthetic_key="ae_aesthetic", output_dir=tmp_path, **flags
-    )
-    return trainer.load_index(ALONE, args, "--train_shards", seed=1)
 
 
 def delivered(index, tmp_path, workers=0):
@@ -313,133 +302,3 @@ def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
     args.caption_column = "text"
     with pytest.raises(trainer.InputError, match="--caption_column: .* has columns picture, caption, species_list"):
         load()
-
-
-# ---- damage
-
-
-def test_a_duplicate_key_is_reported_and_never_mixed_with_the_first(tmp_path):
-    again = sample("s1", txt=b"another caption", json=None)
-    rows, damage = index_shard(write_shard(tmp_path / "a.tar", [sample("s1"), sample("s2"), again]))
-    assert [(row["key"], row["caption"]) for row in rows] == [("s1", "a drawing of s1"), ("s2", "a drawing of s2")]
-    assert [(d["key"], d["reason"]) for d in damage] == [("s1", "duplicate key")]
-
-
-def test_a_duplicate_image_id_is_reported_and_the_first_kept(tmp_path):
-    shards = [write_shard(tmp_path / f"{n}.tar", [sample(key) for key in keys]) for n, keys in enumerate(["ab", "ca"])]
-    index = load_index(shards, tmp_path, max_bad_fraction=0.3)
-    assert [index.row(i)["key"] for i in range(len(index))] == ["a", "b", "c"]
-    assert [(d["shard"], d["key"], d["reason"]) for d in index.damage] == [(shards[1], "a", "duplicate image_id: a")]
-
-
-def test_the_same_key_in_two_shards_is_two_images_when_no_id_says_otherwise(tmp_path):
-    shards = [write_shard(tmp_path / f"{n}.tar", [sample("a", json=None)]) for n in range(2)]
-    assert len(load_index(shards, tmp_path)) == 2
-
-
-@pytest.mark.parametrize("lost", ["png", "txt", "json"])
-def test_a_sample_that_lost_a_member_to_a_bad_header_is_not_trained_on(tmp_path, lost):
-    path = tmp_path / "a.tar"
-    write_shard(path, [sample(key) for key in ("a", "b", "c")])
-    with tarfile.open(path) as tar:
-        at = next(m.offset_data for m in tar if m.name == f"b.{lost}") - 512
-    data = bytearray(path.read_bytes())
-    data[at : at + 512] = bytes(range(256)) * 2
-    path.write_bytes(data)
-    rows, damage = index_shard(path)
-    assert [row["key"] for row in rows] == ["a", "c"]
-    assert {"b", None} == {d["key"] for d in damage}
-
-
-PAYLOADS = ("png", "jpg", "webp")
-
-
-def damaged_shard(rng, number):
-    """(bytes of a small shard with one damage, keys it may touch, what was done)."""
-    kind = PAYLOADS[number % 3]
-    samples = {}
-    for i in range(5):
-        image = encode(noise_image(1000 * number + i, 24, 20), {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind])
-        samples[f"s{i}"] = sample(f"s{i}", **({"png": None} | {kind: image}))
-    victim = f"s{rng.integers(5)}"
-    damages = ("cut", "header", "zero blocks", "image cut", "image empty", "json", "caption", "twice", "no image")
-    damage = damages[number // 3 % len(damages)]
-    parts = samples[victim]
-    order = list(samples.values())
-    if damage == "image cut":
-        parts[kind] = parts[kind][: int(len(parts[kind]) * rng.uniform(0.05, 0.9))]
-    elif damage == "image empty":
-        parts[kind] = b""
-    elif damage == "json":
-        parts["json"] = [b"{", b"[1]", b"\xff", b"7"][rng.integers(4)]
-    elif damage == "caption":
-        parts["txt"] = [b"", b" \n", b"caf\xe9"][rng.integers(3)]
-    elif damage == "no image":
-        del parts[kind]
-    elif damage == "twice":
-        order.append(sample(victim, **({"png": None} | {kind: parts[kind], "txt": b"the second"})))
-    buffer = io.BytesIO()
-    with trainer_tar(buffer) as tar:
-        for each in order:
-            tar.write(each)
-    data = bytearray(buffer.getvalue())
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        headers = [(m.offset_data - 512, m.offset_data, m.name.split(".")[0]) for m in tar]
-    touched = {victim}
-    if damage in ("cut", "header", "zero blocks"):
-        n = int(rng.integers(len(headers)))
-        offset, data_offset, key = headers[n]
-        if damage == "cut":
-            at = int(rng.integers(offset, data_offset + 512))
-            data, touched = data[:at], {k for o, _, k in headers if o >= offset}
-        elif damage == "header":
-            data[offset : offset + 512] = rng.bytes(512)
-            touched = {key}
-        else:
-            data[offset:offset] = bytes(1024)
-            touched = set()
-    return bytes(data), touched, damage, samples, kind
-
-
-def trainer_tar(buffer):
-    import webdataset as wds
-
-    return wds.TarWriter(buffer, encoder=False)
-
-
-def test_a_thousand_damages_are_each_named_and_none_is_trained_on(tmp_path):
-    started, outcomes = time.process_time(), {}
-    for number in range(1000):
-        rng = np.random.default_rng((20261123, number))
-        data, touched, damage, samples, kind = damaged_shard(rng, number)
-        path = tmp_path / "damaged.tar"
-        path.write_bytes(data)
-        rows, reports = index_shard(path)
-        index = index_of([["mew"]]) if not rows else trainer.make_index(
-            trainer.pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), reports
-        )  # fmt: skip
-        dataset = trainer.ImageDataset(index, number, 16, "center", False, "box")
-        trained = {}
-        for i in range(len(rows)):
-            try:
-                row, (image, _), skipped = dataset.first_whole(i, -1, lambda row, d=dataset: d.open(row, (16, 16)))
-            except ValueError as error:  # a shard of one damaged image
-                reports.append({"key": rows[i]["key"], "reason": str(error)})
-                continue
-            reports += skipped
-            trained.setdefault(row["key"], (image, row))
-        for key, (image, row) in trained.items():
-            whole = open_image(samples[key][kind])
-            assert image.tobytes() == whole.tobytes(), (number, damage, key)
-            assert row["caption"].encode() == samples[key]["txt"], (number, damage, key)
-            assert row["labels"] == ["mew"], (number, damage, key)
-        named = {r["key"] for r in reports}
-        assert reports, (number, damage)
-        if damage not in ("cut", "header", "zero blocks"):
-            assert touched <= named, (number, damage)
-        assert set(samples) - touched <= set(trained), (number, damage, "a whole sample was lost")
-        if damage != "twice":
-            assert not touched & set(trained) or damage in ("cut", "header"), (number, damage)
-        outcomes[damage] = outcomes.get(damage, 0) + 1
-    assert sum(outcomes.values()) == 1000 and min(outcomes.values()) > 100
-    assert time.process_time() - started < 60

@@ -14,8 +14,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_same_run, tensors_of
 from harness import SDXL, assert_ok, run_trainer, start_trainer
-from test_checkpoints import assert_same_run, die_in_micro_step, tensors_of
+from hooks import die_in_micro_step
 
 import train_sdxl_lora as trainer
 

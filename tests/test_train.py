@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from collections import namedtuple
@@ -11,32 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from harness import SDXL, assert_ok, run_trainer
+from harness import SDXL, assert_ok, command, run_trainer
+from hooks import note_samples, samples_by_step
 from PIL import Image
 
 import train_sdxl_lora as trainer
-
-
-def note_samples(folder, module):
-    """Writes (step, key) of every sample trained on, one file per rank."""
-    original = module.train_step
-
-    def train_step(run, batch):
-        with open(f"{folder}/rank-{run.accelerator.process_index}.txt", "a") as file:
-            for key, crop in zip(batch["keys"], batch["crop_top_lefts"].tolist()):
-                file.write(f"{run.progress.step} {key} {crop}\n")
-        return original(run, batch)
-
-    module.train_step = train_step
-
-
-def samples_by_step(folder):
-    steps = {}
-    for path in folder.glob("rank-*.txt"):
-        for line in path.read_text().splitlines():
-            step, sample = line.split(" ", 1)
-            steps.setdefault(int(step), []).append(sample)
-    return {step: sorted(samples) for step, samples in steps.items()}
 
 
 @pytest.mark.parametrize(
@@ -80,29 +61,6 @@ def test_the_learning_rate_ends_at_zero_on_two_processes_with_accumulation(flags
     rates = [row["lr"] for row in assert_ok(run_trainer(argv, tmp_path / "run", processes=2)).metrics()]
     assert rates[0] == 0 and max(rates) == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-3 * 0.067, rel=0.01)  # cosine at 5 / 6 of the decay
-
-
-def lose_a_number(steps, rank, module):
-    """The loss of one rank is NaN in the given steps, of global batches of 4."""
-    original = module.diffusion_loss
-
-    def diffusion_loss(models, batch, *args, **kwargs):
-        losses = original(models, batch, *args, **kwargs)
-        mine = module.torch.distributed.get_rank() if module.torch.distributed.is_initialized() else 0
-        reached = batch["positions"][0] // 4 in steps
-        return losses * float("nan") if reached and mine == rank else losses
-
-    module.diffusion_loss = diffusion_loss
-
-
-def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_names_step_and_samples(flags, tmp_path):
-    argv = [*flags, "--checkpointing_steps", 2]
-    result = run_trainer(argv, tmp_path / "run", processes=2, setup=partial(lose_a_number, (2,), 1), timeout=60)
-    assert result.codes == [1, 1]
-    for output in result.outputs:
-        assert "loss is nan" in output and "at step 3, samples " in output
-    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
 
 
 @pytest.fixture
@@ -264,3 +222,26 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(flags, tmp_path):
     run_id = json.loads((tmp_path / "run/run.json").read_text())["run_id"]
     runs = [p.name for p in (tmp_path / "run/wandb").glob("offline-run-*")]
     assert len(runs) == 2 and all(name.endswith(run_id) for name in runs)
+
+
+def run_out_of_memory(module):
+    def diffusion_loss(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module.diffusion_loss = diffusion_loss
+
+
+def test_out_of_memory_names_the_flags_that_help_in_order(flags, tmp_path):
+    result = run_trainer(flags, tmp_path / "run", setup=run_out_of_memory)
+    assert result.codes == [1]
+    helpful = ["--gradient_checkpointing", "--train_batch_size", "--gradient_accumulation_steps", "--use_8bit_adam"]
+    line = [line for line in result.output.splitlines() if "out of GPU memory; try" in line][-1].split("; try")[1]
+    places = [line.index(flag) for flag in helpful]
+    assert places == sorted(places)
+
+
+def test_an_output_dir_that_cannot_be_written_is_one_line(flags, tmp_path):
+    words = command(flags, "/proc/nowhere/run")
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1
+    assert "error: --output_dir: cannot write there" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,67 @@
+"""Shards and indexes made by hand, for tests of sdxl_data.py."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import webdataset as wds
+from harness import ALONE
+from PIL import Image
+
+import train_sdxl_lora as trainer
+
+KEYS = [f"s{i}" for i in range(10)]
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise_image(seed, width=10, height=8):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def sample(key, labels=("mew",), **changes):
+    """Bytes of one whole sample by extension; `changes` replace parts, None takes one away."""
+    metadata = json.dumps({"image_id": key, "species_list": list(labels)}).encode()
+    parts = {"png": encode(noise_image(len(key))), "txt": f"a drawing of {key}".encode(), "json": metadata} | changes
+    return {"__key__": key} | {name: data for name, data in parts.items() if data is not None}
+
+
+def write_shard(path, samples):
+    with wds.TarWriter(str(path), encoder=False) as tar:
+        for each in samples:
+            tar.write(each)
+    return str(path)
+
+
+def index_of(labels, ids=None):
+    """An Index of rows with these labels and nothing to read."""
+    ids = ids or [f"image {i}" for i in range(len(labels))]
+    rows = [{"key": i, "image_id": i, "caption": i, "labels": list(row)} for i, row in zip(ids, labels)]
+    return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
+
+
+def index_shard(path, species_key="species_list"):
+    return trainer.index_shard(trainer.Shard(str(path), None), species_key)
+
+
+def open_image(data):
+    return trainer.open_image(data)[0]
+
+
+def index_of_shard(path):
+    rows, damage = index_shard(path)
+    return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
+
+
+def load_index(shards, tmp_path, **flags):
+    flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
+    args = SimpleNamespace(
+        train_shards=[str(s) for s in shards], species_key="species_list", aesthetic_key="ae_aesthetic", **flags
+    )
+    return trainer.load_index(ALONE, args, "--train_shards", seed=1)

@@ -1,0 +1,179 @@
+"""What the index of a shard or of an image folder holds, and when it is read again."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pyarrow as pa
+import pytest
+from PIL import Image
+from shards import KEYS, encode, index_of, index_shard, load_index, noise_image, sample, write_shard
+
+import train_sdxl_lora as trainer
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return Path(write_shard(tmp_path / "a.tar", [sample(key) for key in KEYS]))
+
+
+def test_a_whole_shard_is_indexed_without_damage(shard):
+    rows, damage = index_shard(shard)
+    assert damage == []
+    assert [row["key"] for row in rows] == KEYS
+    data = shard.read_bytes()
+    for row in rows:
+        assert data[row["offset"] : row["offset"] + row["size"]] == sample(row["key"])["png"]
+        assert row["caption"] == f"a drawing of {row['key']}"
+
+
+@pytest.mark.parametrize(
+    "keys", [["é1", "è1"], ["k" * 130 + "1", "k" * 130 + "2"], ["folder/" + "k" * 90, "folder2/" + "k" * 90]]
+)
+def test_long_and_foreign_names_are_kept_apart(tmp_path, keys):
+    shard = write_shard(
+        tmp_path / "a.tar", [sample(keys[0]), sample(keys[1], png=None, jpg=encode(noise_image(1), "JPEG"))]
+    )
+    rows, damage = index_shard(shard)
+    assert [(row["key"], row["caption"]) for row in rows] == [(key, f"a drawing of {key}") for key in keys]
+    assert damage == []
+
+
+def test_the_long_names_of_gnu_tar_are_read(tmp_path):
+    key = "k" * 150
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for extension, data in list(sample(key).items())[1:]:
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    rows, damage = index_shard(tmp_path / "a.tar")
+    assert [row["key"] for row in rows] == [key] and damage == []
+
+
+@pytest.mark.parametrize(
+    "given, labels",
+    [
+        (["Mew", "PICHU"], ["mew", "pichu"]),
+        ("Mew, Pichu", ["mew", "pichu"]),
+        (" Mew ,, Mew,MEW", ["mew"]),
+        (["STRAẞE"], ["strasse"]),
+        ([], []),
+        ("", []),
+        (None, []),
+        ([None], []),
+    ],
+)
+def test_labels_are_a_list_or_a_string_casefolded(tmp_path, given, labels):
+    metadata = json.dumps({"species_list": ["wrong"], "kind": given}).encode()
+    rows, _ = index_shard(write_shard(tmp_path / "a.tar", [sample("a", json=metadata)]), "kind")
+    assert rows[0]["labels"] == labels
+
+
+def test_a_sample_without_json_or_labels_is_unlabelled_not_damaged(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", [sample("a", json=None), sample("b", json=b"{}")])
+    rows, damage = index_shard(shard)
+    assert damage == []
+    assert [(row["image_id"], row["labels"]) for row in rows] == [("a.tar/a", []), ("a.tar/b", [])]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_index_holds_the_size_that_is_seen_whatever_the_metadata_say(tmp_path, form, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encode(noise_image(1, 50, 30), form, **({} if form == "BMP" else {"exif": exif}))
+    metadata = json.dumps({"image_id": "x", "width": 9999, "height": None}).encode()
+    whole = sample("x", **{"png": None, "json": metadata, {"JPEG": "jpg"}.get(form, form.lower()): data})
+    rows, damage = index_shard(write_shard(tmp_path / "a.tar", [whole]))
+    turned = orientation >= 5 and form != "BMP"
+    assert damage == [] and [(rows[0]["height"], rows[0]["width"])] == [(50, 30) if turned else (30, 50)]
+
+
+def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_path, monkeypatch):
+    calls = []
+    original = trainer.index_shard
+    monkeypatch.setattr(trainer, "index_shard", lambda *a: calls.append(a) or original(*a))
+    first = trainer.cached_index_shard(str(shard), tmp_path, "species_list")
+    assert trainer.cached_index_shard(str(shard), tmp_path, "species_list").equals(first, check_metadata=True)
+    assert len(calls) == 1
+    trainer.cached_index_shard(str(shard), tmp_path, "other_key")
+    assert len(calls) == 2
+    stat = os.stat(shard)
+    write_shard(shard, [sample(key.replace("s", "t")) for key in KEYS])
+    assert os.stat(shard).st_size == stat.st_size
+    changed = trainer.cached_index_shard(str(shard), tmp_path, "species_list")
+    assert changed.column("key").to_pylist()[0] == "t0"
+
+
+def test_max_train_samples_takes_the_same_samples_whatever_the_shards(tmp_path):
+    shards = [write_shard(tmp_path / f"{n}.tar", [sample(key) for key in KEYS[5 * n : 5 * n + 5]]) for n in (0, 1)]
+    chosen = [
+        load_index(order, tmp_path, max_train_samples=4).table.column("key").to_pylist()
+        for order in (shards, shards[::-1])
+    ]
+    assert len(chosen[0]) == 4
+    assert set(chosen[0]) == set(chosen[1])
+
+
+def test_the_fingerprint_depends_on_the_samples_and_not_on_their_order():
+    labels, ids = [["a"], ["b"], []], ["1", "2", "3"]
+    fingerprint = index_of(labels, ids).fingerprint()
+    assert index_of(labels[::-1], ids[::-1]).fingerprint() == fingerprint
+    assert index_of([["a"], ["a"], []], ids).fingerprint() != fingerprint
+    assert index_of(labels, ["1", "2", "4"]).fingerprint() != fingerprint
+    assert index_of(labels[:2], ids[:2]).fingerprint() != fingerprint
+
+
+# ---- the image folder
+
+
+@pytest.fixture
+def image_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+    def make(*rows):
+        folder = tmp_path / "images"
+        (folder / "more").mkdir(parents=True)
+        for row in rows:
+            noise_image(1).save(folder / row["file_name"])
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = {"train_data_dir": str(folder), "dataset_name": None, "cache_dir": None, "species_key": "species_list"}
+        args = SimpleNamespace(**flags, aesthetic_key="ae_aesthetic", image_column="image", caption_column="text")
+        return trainer.index_dataset(trainer.load_dataset(args), args)
+
+    return make
+
+
+def test_an_image_folder_is_indexed_like_a_shard(image_folder, tmp_path):
+    first = {"file_name": "a.png", "text": "a mew", "species_list": ["Mew"], "ae_aesthetic": 55.0}
+    second = {"file_name": "more/b.png", "text": "two", "species_list": ["Mew", "Pichu"], "ae_aesthetic": None}
+    rows, damage = image_folder(first, second)
+    assert damage == []
+    found = [(r["key"], r["caption"], r["labels"], r["score"]) for r in rows]
+    assert found == [("a.png", "a mew", ["mew"], 55), ("more/b.png", "two", ["mew", "pichu"], None)]
+    index = trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
+    item = trainer.ImageDataset(index, 0, 8, "center", False, "lanczos")[1, 0, 0, 0]
+    assert item["keys"] == "more/b.png" and item["original_sizes"] == (8, 10)
+
+
+def test_of_a_list_of_captions_the_first_is_taken(image_folder):
+    rows, _ = image_folder({"file_name": "a.png", "text": ["first", "second"]})
+    assert rows[0]["caption"] == "first"
+
+
+def test_a_missing_column_is_an_error_that_names_the_flag(image_folder):
+    with pytest.raises(trainer.InputError, match="--caption_column.*caption"):
+        image_folder({"file_name": "a.png", "caption": "a mew"})
+
+
+@pytest.mark.parametrize("caption", [None, "", "  ", []])
+def test_an_image_of_the_folder_without_caption_is_damage(image_folder, caption):
+    good = ["good"] if isinstance(caption, list) else "good"
+    rows, damage = image_folder({"file_name": "a.png", "text": good}, {"file_name": "b.png", "text": caption})
+    assert [row["key"] for row in rows] == ["a.png"]
+    assert [entry["key"] for entry in damage] == ["b.png"]

@@ -1,0 +1,122 @@
+"""What is checked before a run resumes: the checkpoint's files, the base model, the batch, the version."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from harness import assert_ok, run_trainer
+from hooks import note_samples, samples_by_step
+
+import train_sdxl_lora as trainer
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_checkpoint_of_two_processes_goes_on_with_the_same_samples_on_any_number(flags, tmp_path, processes):
+    argv = [*flags, "--train_batch_size", 2, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
+    for name in ("expected", "found"):
+        (tmp_path / name).mkdir()
+    assert_ok(run_trainer(argv, tmp_path / "whole", 2, setup=partial(note_samples, tmp_path / "expected")))
+    hook = partial(note_samples, tmp_path / "found")
+    assert_ok(run_trainer([*argv, "--max_train_steps", 2], tmp_path / "run", 2, setup=hook))
+    argv += ["--train_batch_size", 4 // processes]
+    again = assert_ok(run_trainer(argv, tmp_path / "run", processes, setup=hook))
+    assert re.search(r"resumed with another --train_batch_size: '2' then, '[14]' now", again.output)
+    expected = samples_by_step(tmp_path / "expected")
+    assert len(expected) == 4 and all(len(keys) == 4 for keys in expected.values())
+    assert samples_by_step(tmp_path / "found") == expected
+
+
+def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_path):
+    first = [a for a in flags if a not in ("--species_csv",) and not str(a).endswith("train_species.csv")]
+    first += ["--species_mix", 1, 1, 0, "--max_train_samples", 24, "--train_batch_size", 2, "--max_train_steps", 5]
+    (tmp_path / "found").mkdir()
+    hook, argv = partial(note_samples, tmp_path / "found"), [*first, "--resume_from_checkpoint", "latest"]
+    argv += ["--train_batch_size", 7, "--max_train_steps", 7]
+    assert_ok(run_trainer(first, tmp_path / "run", setup=hook))
+    refused = run_trainer(argv, tmp_path / "run")
+    assert refused.codes == [1] and "global batch: 2 then, 7 now" in refused.output
+    assert "--allow_batch_change" in refused.output
+    assert_ok(run_trainer([*argv, "--allow_batch_change"], tmp_path / "run", setup=hook))
+    delivered = [line.split()[0] for lines in samples_by_step(tmp_path / "found").values() for line in lines]
+    assert len(delivered) == 24 and len(set(delivered)) == 24  # one pass: nothing lost, nothing twice
+    progress = json.loads((tmp_path / "run/checkpoint-7/progress.json").read_text())
+    assert progress["samples"] == 24
+
+
+def test_another_base_model_is_refused(flags, tmp_path):
+    import safetensors.torch
+
+    other = tmp_path / "other"
+    shutil.copytree(flags[1], other)
+    weights = next((other / "unet").glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(weights)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    argv = [*flags, "--max_train_steps", 1, "--resume_from_checkpoint", "latest"]
+    assert_ok(run_trainer(argv, tmp_path / "run"))
+    refused = run_trainer([*argv, "--pretrained_model_name_or_path", other], tmp_path / "run")
+    assert refused.codes == [1] and "base model: " in refused.output
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """Output folder of a finished run with one checkpoint."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return assert_ok(run_trainer([*flags, "--max_train_steps", 2, "--train_text_encoder"], folder)).output_dir
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_detected_before_it_is_loaded(finished, tmp_path):
+    folder, rng = tmp_path / "checkpoint-2", random.Random(5)
+    shutil.copytree(finished / "checkpoint-2", folder)
+    assert trainer.verify_checkpoint(folder) is None
+    files = sorted(folder.iterdir())
+    assert {"checksums.json", "progress.json", "optimizer.bin"} < {path.name for path in files}
+    places = [(path, rng.randrange(path.stat().st_size)) for path in files for _ in range(40)]
+    places += [(files[0], at) for at in range(files[0].stat().st_size)]  # all of checksums.json
+    assert len(places) >= 200 and files[0].name == "checksums.json"
+    for path, at in places:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        assert trainer.verify_checkpoint(folder) is not None, (path.name, at)
+        data = bytearray((finished / "checkpoint-2" / path.name).read_bytes())
+        path.write_bytes(data)
+    assert trainer.verify_checkpoint(folder) is None
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(flags, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "run")
+    folder = tmp_path / "run/checkpoint-2"
+    torch.save(
+        {"state": {}, "param_groups": [Bomb()]}, folder / "optimizer.bin", pickle_protocol=pickle.DEFAULT_PROTOCOL
+    )
+    names = [p.name for p in folder.iterdir() if p.name != "checksums.json"]
+    (folder / "checksums.json").write_text(trainer.make_checksums(folder, names))
+    argv = [*flags, "--max_train_steps", 4, "--train_text_encoder", "--resume_from_checkpoint", "latest"]
+    result = run_trainer(argv, tmp_path / "run")
+    assert result.codes == [1] and "weights_only" in result.output.lower()
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_checkpoint_of_another_version_is_an_error_that_says_what_to_do(flags, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    folder = tmp_path / "run/checkpoint-2"
+    progress = json.loads((folder / "progress.json").read_text())
+    (folder / "progress.json").write_text(json.dumps(progress | {"from_the_future": 1}))
+    names = [p.name for p in folder.iterdir() if p.name != "checksums.json"]
+    (folder / "checksums.json").write_text(trainer.make_checksums(folder, names))
+    argv = [*flags, "--max_train_steps", 4, "--train_text_encoder", "--resume_from_checkpoint", "latest"]
+    result = run_trainer(argv, tmp_path / "run")
+    assert result.codes == [1] and "from_the_future" in result.output
