@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 from world import DATASET, draw_scene, encode_image, sample_scene  # noqa: E402
 
+import sdxl_data
 import train_sdxl_lora as trainer  # noqa: E402
 
 BATCH = 8
@@ -61,20 +62,22 @@ def write_shards(folder, images, side, extension="jpg"):
 
 
 def make_index(shards, cache_dir):
-    rows = [row for path in shards for row in trainer.index_shard(trainer.Shard(path, cache_dir), "species_list")[0]]
-    return trainer.make_index(trainer.pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
+    rows = [
+        row for path in shards for row in sdxl_data.index_shard(sdxl_data.Shard(path, cache_dir), "species_list")[0]
+    ]
+    return sdxl_data.make_index(trainer.pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
 
 
 def make_mix(index, weight):
-    return trainer.SpeciesMix(index, "random", None, weight, weight, 0)
+    return sdxl_data.SpeciesMix(index, "random", None, weight, weight, 0)
 
 
 def ours(index, weight, resolution, batches, folder):
     """Seconds of `batches` batches."""
-    plan = trainer.SamplePlan(index, make_mix(index, weight), "random", 0, BATCH)
-    dataset = trainer.ImageDataset(index, 0, resolution, "center", False, "lanczos", folder)
+    plan = sdxl_data.SamplePlan(index, make_mix(index, weight), "random", 0, BATCH)
+    dataset = sdxl_data.ImageDataset(index, 0, resolution, "center", False, "lanczos", folder)
     dataset.read(index.row(0))  # the shard is open, as it is in every batch of a run but the first
-    loader = trainer.make_loader(dataset, trainer.MicroBatches(plan, batches, BATCH, 0, 1), 0, False)
+    loader = sdxl_data.make_loader(dataset, sdxl_data.MicroBatches(plan, batches, BATCH, 0, 1), 0, False)
     started = time.perf_counter()
     for batch in loader:
         trainer.move_batch(batch, "cpu")

@@ -30,6 +30,7 @@ from run import EVALUATION, HERE, TRAINING, to_words
 from world import DATASET, UNSEEN, encode_image, make_sample, write_shards
 
 import evaluate
+import sdxl_data
 import train_sdxl_lora as trainer
 
 OVERFITTING = TRAINING | {
@@ -43,7 +44,7 @@ def train(flags, shards, output_dir, steps):
     flags = flags | {"--train_shards": shards, "--max_train_steps": steps, "--species_mix": (0.0, 0.1, steps)}
     flags |= {"--pretrained_model_name_or_path": HERE / "sdxl", "--output_dir": output_dir, "--train_batch_size": 16}
     flags |= {"--checkpointing_steps": steps, "--train_text_encoder": None, "--resume_from_checkpoint": "latest"}
-    if not (output_dir / trainer.LORA_FILE).exists():
+    if not (output_dir / sdxl_data.LORA_FILE).exists():
         trainer.main(to_words(flags))
     return output_dir
 

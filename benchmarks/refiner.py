@@ -30,6 +30,7 @@ from run import HERE as DEMO
 from world import FACINGS, PLACES, POSES, SPECIES, UNSEEN, Scene, make_dataset, make_sample, write_shards
 
 import evaluate
+import sdxl_data
 import train_sdxl_lora as trainer
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -68,12 +69,12 @@ def band_losses(shard, te2_lora=None, refiner_lora=None):
     models = trainer.load_models(args, torch.float32, torch.device("cpu"))
     if refiner_lora:
         models.unet.load_lora_adapter(str(refiner_lora), prefix="unet")
-    rows, damage = trainer.index_shard(trainer.Shard(str(shard), None), args.species_key)
-    index = trainer.make_index(trainer.pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
-    dataset = trainer.ImageDataset(index, 0, 64, "center", False, "lanczos")
+    rows, damage = sdxl_data.index_shard(sdxl_data.Shard(str(shard), None), args.species_key)
+    index = sdxl_data.make_index(trainer.pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
+    dataset = sdxl_data.ImageDataset(index, 0, 64, "center", False, "lanczos")
     losses = []
     for requests, size in trainer.validation_requests(index, 50, 0, 1, None):
-        batch = trainer.move_batch(trainer.collate(dataset.__getitems__(requests)), torch.device("cpu"))
+        batch = trainer.move_batch(sdxl_data.collate(dataset.__getitems__(requests)), torch.device("cpu"))
         with torch.no_grad():
             draws = trainer.sample_batch_noise(models, batch, 0.0)
             losses += trainer.diffusion_loss(models, batch, draws, torch.float32)[:size].tolist()

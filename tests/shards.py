@@ -10,6 +10,7 @@ import webdataset as wds
 from harness import ALONE
 from PIL import Image
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 KEYS = [f"s{i}" for i in range(10)]
@@ -43,20 +44,20 @@ def index_of(labels, ids=None):
     """An Index of rows with these labels and nothing to read."""
     ids = ids or [f"image {i}" for i in range(len(labels))]
     rows = [{"key": i, "image_id": i, "caption": i, "labels": list(row)} for i, row in zip(ids, labels)]
-    return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
+    return sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
 
 
 def index_shard(path, species_key="species_list"):
-    return trainer.index_shard(trainer.Shard(str(path), None), species_key)
+    return sdxl_data.index_shard(sdxl_data.Shard(str(path), None), species_key)
 
 
 def open_image(data):
-    return trainer.open_image(data)[0]
+    return sdxl_data.open_image(data)[0]
 
 
 def index_of_shard(path):
     rows, damage = index_shard(path)
-    return trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
+    return sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
 
 
 def load_index(shards, tmp_path, **flags):

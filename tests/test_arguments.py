@@ -9,7 +9,8 @@ import torch
 import yaml
 from harness import SDXL
 
-from train_sdxl_lora import default_workers, expand_shards, make_parser, parse_args, read_prompts, read_species_csv
+from sdxl_data import expand_shards, read_species_csv
+from train_sdxl_lora import default_workers, make_parser, parse_args, read_prompts
 
 # The flags of diffusers' train_text_to_image_lora_sdxl.py and their defaults, written out from its parser.
 DIFFUSERS = {

@@ -12,7 +12,7 @@ import webdataset as wds
 from PIL import Image
 from shards import KEYS, encode, index_shard, load_index, noise_image, open_image, sample, write_shard
 
-import train_sdxl_lora as trainer
+import sdxl_data
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_damaged_sample_is_named_with_its_reason_and_left_out(tmp_path, change
 )
 def test_strange_metadata_does_not_end_the_indexing(tmp_path, metadata):
     shard = write_shard(tmp_path / "a.tar", [sample("good"), sample("strange", json=metadata.encode())])
-    table = trainer.cached_index_shard(shard, tmp_path, "species_list")
+    table = sdxl_data.cached_index_shard(shard, tmp_path, "species_list")
     assert table.column("key").to_pylist()[0] == "good"
 
 
@@ -182,7 +182,7 @@ def test_too_many_damaged_samples_end_the_run_and_name_the_flag(tmp_path):
     samples = [sample(key) for key in KEYS[:8]] + [sample(key, txt=b"") for key in KEYS[8:]]
     shard = write_shard(tmp_path / "a.tar", samples)
     assert len(load_index([shard], tmp_path, max_bad_fraction=0.2)) == 8
-    with pytest.raises(trainer.InputError, match="2 of 10 .*--max_bad_fraction 0.1"):
+    with pytest.raises(sdxl_data.InputError, match="2 of 10 .*--max_bad_fraction 0.1"):
         load_index([shard], tmp_path, max_bad_fraction=0.1)
 
 
@@ -194,7 +194,7 @@ def test_a_sample_with_two_faults_is_one_damaged_sample(shard, tmp_path):
 
 def test_nothing_usable_is_an_error_that_names_the_flag(tmp_path):
     shard = write_shard(tmp_path / "a.tar", [sample("a", txt=b"")])
-    with pytest.raises(trainer.InputError, match="--train_shards: no usable sample"):
+    with pytest.raises(sdxl_data.InputError, match="--train_shards: no usable sample"):
         load_index([shard], tmp_path, max_bad_fraction=1.0)
 
 
@@ -288,12 +288,12 @@ def train_on(path, seed, reports):
     reports += damage
     if not rows:
         return {}
-    index = trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
-    dataset = trainer.ImageDataset(index, seed, 16, "center", False, "box")
+    index = sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
+    dataset = sdxl_data.ImageDataset(index, seed, 16, "center", False, "box")
     trained = {}
     for i in range(len(rows)):
         try:
-            row, (image, _), skipped = dataset.first_whole(i, -1, lambda row: dataset.open(row, (16, 16)))
+            row, (image, _), skipped = dataset.first_intact(i, -1, lambda row: dataset.open(row, (16, 16)))
         except ValueError as error:  # a shard of one damaged image
             reports.append({"key": rows[i]["key"], "reason": str(error)})
             continue

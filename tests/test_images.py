@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from shards import encode, index_of_shard, noise_image, open_image, sample, write_shard
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 # ---- decoding
@@ -56,7 +57,7 @@ def test_bytes_that_are_no_image_are_refused(data):
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch):
-    monkeypatch.setattr(trainer, "MAX_IMAGE_PIXELS", 50 * 40)
+    monkeypatch.setattr(sdxl_data, "MAX_IMAGE_PIXELS", 50 * 40)
     assert open_image(encode(Image.new("RGB", (50, 40)))).size == (50, 40)
     header = encode(Image.new("RGB", (51, 40)))[:60]  # the pixels are not even there
     with pytest.raises(ValueError, match="51x40 px is too large"):
@@ -84,8 +85,8 @@ def test_a_large_jpeg_is_decoded_small_and_keeps_its_own_size(size, decoded, ori
     exif[274] = orientation
     smooth = noise_image(1, 4, 4).resize(size, Image.Resampling.BICUBIC)
     data = encode(smooth, "JPEG", quality=95, exif=exif)
-    image, original_size = trainer.open_image(data, (64, 64))
-    whole, whole_size = trainer.open_image(data)
+    image, original_size = sdxl_data.open_image(data, (64, 64))
+    whole, whole_size = sdxl_data.open_image(data)
     turn = 1 if orientation == 1 else -1
     assert image.size == decoded[::turn] and whole.size == size[::turn]
     assert original_size == whole_size == size[::-turn]
@@ -99,30 +100,30 @@ def test_a_large_jpeg_is_decoded_small_and_keeps_its_own_size(size, decoded, ori
 @pytest.mark.parametrize("long, jitter", [(64, 0.06), (80, 0.06 + 0.12 * 0.25 / 0.7), (109, 0.18), (128, 0.18)])
 def test_random_ar_crops_near_the_middle_up_to_two_to_one(long, jitter):
     margin = long - 64
-    offsets = [trainer.random_ar_crop(64, long, 64, u) for u in np.linspace(0, 1, 201)[:-1]]
+    offsets = [sdxl_data.random_ar_crop(64, long, 64, u) for u in np.linspace(0, 1, 201)[:-1]]
     assert {top for top, _ in offsets} == {0}
     lefts = np.array([left for _, left in offsets])
     reach = np.linspace(-jitter * margin, jitter * margin, 201)[:-1]
     assert np.abs(np.sort(lefts) - (margin / 2 + reach)).max() <= 0.51
     assert lefts.min() >= 0 and lefts.max() <= margin
-    assert [trainer.random_ar_crop(long, 64, 64, u) for u in (0.0, 0.3, 0.9)] == [
-        trainer.random_ar_crop(64, long, 64, u)[::-1] for u in (0.0, 0.3, 0.9)
+    assert [sdxl_data.random_ar_crop(long, 64, 64, u) for u in (0.0, 0.3, 0.9)] == [
+        sdxl_data.random_ar_crop(64, long, 64, u)[::-1] for u in (0.0, 0.3, 0.9)
     ]
 
 
 @pytest.mark.parametrize("long", [129, 150, 300])
 def test_random_ar_beyond_two_to_one_takes_the_centre_or_the_start(long):
-    lefts = Counter(trainer.random_ar_crop(64, long, 64, u)[1] for u in np.linspace(0, 1, 101)[:-1])
+    lefts = Counter(sdxl_data.random_ar_crop(64, long, 64, u)[1] for u in np.linspace(0, 1, 101)[:-1])
     assert set(lefts) == {0, round((long - 64) / 2)}
     assert set(lefts.values()) == {50}
-    assert {trainer.random_ar_crop(long, 64, 64, u) for u in (0.1, 0.9)} == {(0, 0), (round((long - 64) / 2), 0)}
+    assert {sdxl_data.random_ar_crop(long, 64, 64, u) for u in (0.1, 0.9)} == {(0, 0), (round((long - 64) / 2), 0)}
 
 
 def test_the_centre_crop_is_in_the_middle():
-    assert trainer.center_crop(64, 100, (64, 64)) == (0, 18)
-    assert trainer.center_crop(100, 64, (64, 64)) == (18, 0)
-    assert trainer.center_crop(64, 64, (64, 64)) == (0, 0)
-    assert trainer.center_crop(64, 100, (64, 90)) == (0, 5)
+    assert sdxl_data.center_crop(64, 100, (64, 64)) == (0, 18)
+    assert sdxl_data.center_crop(100, 64, (64, 64)) == (18, 0)
+    assert sdxl_data.center_crop(64, 64, (64, 64)) == (0, 0)
+    assert sdxl_data.center_crop(64, 100, (64, 90)) == (0, 5)
 
 
 @pytest.mark.parametrize("size", [(40, 60), (61, 37), (1000, 7), (16, 16)])
@@ -137,19 +138,19 @@ def test_resizing_brings_the_short_side_to_the_resolution(size):
 
 
 def test_the_buckets_of_1024_px_are_those_that_sdxl_was_trained_on():
-    buckets = trainer.make_buckets(1024)
+    buckets = sdxl_data.make_buckets(1024)
     # a selection of SDXL's own list, arXiv:2307.01952, appendix I
     assert {(1024, 1024), (1152, 896), (896, 1152), (1216, 832), (1344, 768), (512, 2048), (2048, 512)} <= set(buckets)
     assert all(side % 64 == 0 for bucket in buckets for side in bucket)
     assert all(0.9 * 1024**2 < height * width <= 1024**2 for height, width in buckets)
     assert sorted((width, height) for height, width in buckets) == buckets
-    assert trainer.make_buckets(64) == [(64, 64)]
+    assert sdxl_data.make_buckets(64) == [(64, 64)]
 
 
 def test_an_image_loses_its_aspect_error_to_its_bucket_and_no_more():
-    rng, buckets = np.random.default_rng(0), trainer.make_buckets(1024)
+    rng, buckets = np.random.default_rng(0), sdxl_data.make_buckets(1024)
     sizes = np.exp(rng.uniform(np.log(20), np.log(6000), (300, 2))).round()
-    for (height, width), chosen in zip(sizes, trainer.nearest_buckets(sizes, buckets)):
+    for (height, width), chosen in zip(sizes, sdxl_data.nearest_buckets(sizes, buckets)):
         ratio, bucket = height / width, buckets[chosen]
         errors = [min(h / w / ratio, ratio * w / h) for h, w in buckets]  # what is kept of the cropped side
         assert errors[chosen] == pytest.approx(max(errors))
@@ -166,9 +167,9 @@ def test_a_bucketed_item_is_the_middle_of_the_scaled_image(tmp_path, size, orien
     smooth = noise_image(1, 5, 5).resize(size, Image.Resampling.BICUBIC)
     data = encode(smooth, "JPEG", quality=95, exif=exif)
     index = index_of_shard(write_shard(tmp_path / "a.tar", [sample("x", png=None, jpg=data)]))
-    index.bucket_sizes = trainer.make_buckets(192)
-    index.buckets = trainer.nearest_buckets(index.sizes(), index.bucket_sizes)
-    item = trainer.ImageDataset(index, 0, 192, "bucket", False, "lanczos")[0, -1, 0, 0]
+    index.bucket_sizes = sdxl_data.make_buckets(192)
+    index.buckets = sdxl_data.nearest_buckets(index.sizes(), index.bucket_sizes)
+    item = sdxl_data.ImageDataset(index, 0, 192, "bucket", False, "lanczos")[0, -1, 0, 0]
     seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     height, width = item["target_sizes"]
     assert item["pixels"].shape == (3, height, width) and (height, width) in index.bucket_sizes
@@ -205,7 +206,7 @@ def as_tensor(image, top, left, side):
 def test_an_item_has_the_sizes_after_exif_and_the_offset_in_the_resized_image(turned_shard):
     path, seen = turned_shard
     resized = seen.resize((24, 36), Image.Resampling.LANCZOS)  # above half, where a JPEG is decoded whole
-    dataset = trainer.ImageDataset(index_of_shard(path), 3, 24, "random_ar", False, "lanczos")
+    dataset = sdxl_data.ImageDataset(index_of_shard(path), 3, 24, "random_ar", False, "lanczos")
     tops = set()
     for step in range(40):
         item = dataset[0, 0, step, 100 + step]
@@ -227,7 +228,7 @@ def test_crop_and_flip_are_functions_of_image_and_step_and_the_noise_seed_of_the
     mirrored = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
     def make():
-        return trainer.ImageDataset(index_of_shard(path), 3, 24, "random_ar", True, "lanczos")
+        return sdxl_data.ImageDataset(index_of_shard(path), 3, 24, "random_ar", True, "lanczos")
 
     dataset, flips = make(), 0
     for step in range(40):
@@ -245,7 +246,7 @@ def test_the_score_is_six_when_absent_and_stays_on_its_scale(tmp_path):
     scores = {"a": None, "b": 0.0, "c": 55.0, "d": 100.0, "e": "high"}
     samples = [sample(key, json=json.dumps({"ae_aesthetic": score}).encode()) for key, score in scores.items()]
     index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
-    dataset = trainer.ImageDataset(index, 0, 8, "center", False, "lanczos")
+    dataset = sdxl_data.ImageDataset(index, 0, 8, "center", False, "lanczos")
     assert [dataset[i, -1, 0, 0]["aesthetic_scores"] for i in range(5)] == [6.0, 1.0, 5.5, 10.0, 6.0]
     assert dataset[0, -1, 0, 0]["species"] is None
 
@@ -253,10 +254,10 @@ def test_the_score_is_six_when_absent_and_stays_on_its_scale(tmp_path):
 def test_a_batch_has_pixels_from_minus_one_to_one_and_float_sizes(tmp_path):
     colours = {"black": (0, 0, 0), "white": (255, 255, 255)}
     samples = [sample(key, png=encode(Image.new("RGB", (1365, 9), rgb))) for key, rgb in colours.items()]
-    dataset = trainer.ImageDataset(
+    dataset = sdxl_data.ImageDataset(
         index_of_shard(write_shard(tmp_path / "a.tar", samples)), 0, 8, "center", False, "box"
     )
-    loader = trainer.make_loader(dataset, [[(0, 0, 0, 0), (1, 0, 0, 1)]], workers=0, pin_memory=False)
+    loader = sdxl_data.make_loader(dataset, [[(0, 0, 0, 0), (1, 0, 0, 1)]], workers=0, pin_memory=False)
     batch = trainer.move_batch(next(iter(loader)), "cpu")
     assert batch["pixel_values"].flatten(1).tolist() == [[-1.0] * 192, [1.0] * 192]
     assert batch["original_sizes"].dtype == torch.float32 and batch["original_sizes"].tolist() == [[9, 1365]] * 2
@@ -272,8 +273,8 @@ def test_reading_an_image_folder_does_not_keep_every_file_open(tmp_path):
         path = str(tmp_path / f"{i}.png")
         rows.append({"key": path, "image_id": path, "caption": "x", "labels": [], "path": path})
         rows[-1] |= {"offset": 0, "size": len(data)}
-    index = trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), [])
-    dataset = trainer.ImageDataset(index, 0, 8, "center", False, "box")
+    index = sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
+    dataset = sdxl_data.ImageDataset(index, 0, 8, "center", False, "box")
     before = len(os.listdir("/proc/self/fd"))
     assert [dataset[i, -1, 0, 0]["keys"] for i in range(40)] == [row["key"] for row in rows]
     assert len(os.listdir("/proc/self/fd")) - before < 20

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from shards import KEYS, encode, index_of, index_shard, load_index, noise_image, sample, write_shard
 
-import train_sdxl_lora as trainer
+import sdxl_data
 
 
 @pytest.fixture
@@ -95,17 +95,17 @@ def test_the_index_holds_the_size_that_is_seen_whatever_the_metadata_say(tmp_pat
 
 def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_path, monkeypatch):
     calls = []
-    original = trainer.index_shard
-    monkeypatch.setattr(trainer, "index_shard", lambda *a: calls.append(a) or original(*a))
-    first = trainer.cached_index_shard(str(shard), tmp_path, "species_list")
-    assert trainer.cached_index_shard(str(shard), tmp_path, "species_list").equals(first, check_metadata=True)
+    original = sdxl_data.index_shard
+    monkeypatch.setattr(sdxl_data, "index_shard", lambda *a: calls.append(a) or original(*a))
+    first = sdxl_data.cached_index_shard(str(shard), tmp_path, "species_list")
+    assert sdxl_data.cached_index_shard(str(shard), tmp_path, "species_list").equals(first, check_metadata=True)
     assert len(calls) == 1
-    trainer.cached_index_shard(str(shard), tmp_path, "other_key")
+    sdxl_data.cached_index_shard(str(shard), tmp_path, "other_key")
     assert len(calls) == 2
     stat = os.stat(shard)
     write_shard(shard, [sample(key.replace("s", "t")) for key in KEYS])
     assert os.stat(shard).st_size == stat.st_size
-    changed = trainer.cached_index_shard(str(shard), tmp_path, "species_list")
+    changed = sdxl_data.cached_index_shard(str(shard), tmp_path, "species_list")
     assert changed.column("key").to_pylist()[0] == "t0"
 
 
@@ -144,7 +144,7 @@ def image_folder(tmp_path, monkeypatch):
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = {"train_data_dir": str(folder), "dataset_name": None, "cache_dir": None, "species_key": "species_list"}
         args = SimpleNamespace(**flags, aesthetic_key="ae_aesthetic", image_column="image", caption_column="text")
-        return trainer.index_dataset(trainer.load_dataset(args), args)
+        return sdxl_data.index_table(sdxl_data.load_table(args), args)
 
     return make
 
@@ -156,8 +156,8 @@ def test_an_image_folder_is_indexed_like_a_shard(image_folder, tmp_path):
     assert damage == []
     found = [(r["key"], r["caption"], r["labels"], r["score"]) for r in rows]
     assert found == [("a.png", "a mew", ["mew"], 55), ("more/b.png", "two", ["mew", "pichu"], None)]
-    index = trainer.make_index(pa.Table.from_pylist(rows, trainer.INDEX_SCHEMA), damage)
-    item = trainer.ImageDataset(index, 0, 8, "center", False, "lanczos")[1, 0, 0, 0]
+    index = sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
+    item = sdxl_data.ImageDataset(index, 0, 8, "center", False, "lanczos")[1, 0, 0, 0]
     assert item["keys"] == "more/b.png" and item["original_sizes"] == (8, 10)
 
 
@@ -167,7 +167,7 @@ def test_of_a_list_of_captions_the_first_is_taken(image_folder):
 
 
 def test_a_missing_column_is_an_error_that_names_the_flag(image_folder):
-    with pytest.raises(trainer.InputError, match="--caption_column.*caption"):
+    with pytest.raises(sdxl_data.InputError, match="--caption_column.*caption"):
         image_folder({"file_name": "a.png", "caption": "a mew"})
 
 

@@ -10,6 +10,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from harness import SDXL
 from peft import LoraConfig
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 
@@ -162,18 +163,18 @@ def test_only_the_unet_is_adapted_unless_the_encoders_are_asked_for(change):
 
 @pytest.mark.parametrize("targets", [["to_x"], ["to_q", "to_x"], ["to_x", "to_q"]])
 def test_an_unknown_target_is_an_error_that_names_the_flag_and_the_target(change, targets):
-    with pytest.raises(trainer.InputError, match="--lora_target_modules: .*to_x"):
+    with pytest.raises(sdxl_data.InputError, match="--lora_target_modules: .*to_x"):
         trainer.add_adapters(change(lora_target_modules=targets), load(change()), 0)
 
 
 def test_a_part_of_a_name_is_no_target(change):
-    with pytest.raises(trainer.InputError, match="--lora_target_modules: .*o_q"):
+    with pytest.raises(sdxl_data.InputError, match="--lora_target_modules: .*o_q"):
         trainer.add_adapters(change(lora_target_modules=["o_q"]), load(change()), 0)
 
 
 @pytest.mark.parametrize("target", ["norm1", "attn1"])
 def test_a_target_that_cannot_take_an_adapter_is_an_error_that_names_the_flag(change, target):
-    with pytest.raises(trainer.InputError, match="--lora_target_modules"):
+    with pytest.raises(sdxl_data.InputError, match="--lora_target_modules"):
         trainer.add_adapters(change(lora_target_modules=[target]), load(change()), 0)
 
 
@@ -273,7 +274,7 @@ def broken_snapshot(tmp_path, part, empty):
 )
 def test_a_part_that_does_not_load_is_an_error_that_names_the_flag_and_the_part(change, tmp_path, part, empty):
     snapshot = broken_snapshot(tmp_path, part, empty)
-    with pytest.raises(trainer.InputError, match=rf"(?s)--pretrained_model_name_or_path.*{part}"):
+    with pytest.raises(sdxl_data.InputError, match=rf"(?s)--pretrained_model_name_or_path.*{part}"):
         load(change(pretrained_model_name_or_path=snapshot))
 
 
@@ -286,5 +287,5 @@ def test_another_vae_is_loaded_from_its_own_folder(change, tmp_path):
 
 
 def test_another_vae_that_does_not_load_is_an_error_that_names_its_flag(change):
-    with pytest.raises(trainer.InputError, match="--pretrained_vae_model_name_or_path"):
+    with pytest.raises(sdxl_data.InputError, match="--pretrained_vae_model_name_or_path"):
         load(change(pretrained_vae_model_name_or_path="./nowhere"))

@@ -41,13 +41,13 @@ def test_fp16_leaves_out_the_steps_its_scaler_skips_and_gives_up_after_many_in_a
     run = SimpleNamespace(args=args, accelerator=accelerator, progress=progress)
     norm, losses = torch.tensor(float("inf")), torch.tensor([0.1, float("nan")])
     for step in range(trainer.MAX_NONFINITE_STEPS):
-        trainer.count_lost_step(run, trainer.Report(step, None, None, norm, losses, ["a", "b"], []), float("nan"))
+        trainer.count_nonfinite_step(run, trainer.Report(step, None, None, norm, losses, ["a", "b"], []), float("nan"))
     assert progress.nonfinite_steps == progress.nonfinite_in_a_row == trainer.MAX_NONFINITE_STEPS
     with pytest.raises(trainer.TrainingError, match=r"at step 99, samples b \(31 steps in a row\)"):
-        trainer.count_lost_step(run, trainer.Report(99, None, None, norm, losses, ["a", "b"], []), float("nan"))
+        trainer.count_nonfinite_step(run, trainer.Report(99, None, None, norm, losses, ["a", "b"], []), float("nan"))
     accelerator.scaler = None
     with pytest.raises(trainer.TrainingError, match="at step 100, samples a, b; no checkpoint holds it"):
-        trainer.count_lost_step(run, trainer.Report(100, None, None, norm, losses, ["a", "b"], []), 0.1)
+        trainer.count_nonfinite_step(run, trainer.Report(100, None, None, norm, losses, ["a", "b"], []), 0.1)
 
 
 def scale_gradients(module):

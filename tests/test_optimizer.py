@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train_sdxl_lora import InputError, make_lr_schedule, make_optimizer, make_parameter_groups, set_learning_rate
+from sdxl_data import InputError
+from train_sdxl_lora import make_lr_schedule, make_optimizer, make_parameter_groups, set_learning_rate
 
 FLAGS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.03, "adam_epsilon": 1e-7}
 

@@ -16,6 +16,7 @@ from harness import ROOT, SDXL, assert_ok, run_trainer
 from hooks import die_in_micro_step, keep_own_pictures
 from shards import sample, write_shard
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 REFINER = ROOT / "demo" / "refiner" / "unet"
@@ -186,12 +187,12 @@ def test_training_and_validation_stay_in_the_band(flags, world, tmp_path):
     [(55, 10, 5.5), (0, 10, 1.0), (900, 10, 10.0), (None, 10, 6.0), (7.25, 1, 7.25), (0.5, 0.1, 5.0)],
 )
 def test_the_score_is_the_field_divided_and_clipped(field, scale, score):
-    assert trainer.scale_aesthetic(field, scale) == pytest.approx(score)
+    assert sdxl_data.scale_aesthetic(field, scale) == pytest.approx(score)
 
 
 def test_another_field_of_the_metadata_is_the_score(tmp_path):
     shard = write_shard(tmp_path / "a.tar", [sample("a", json=json.dumps({"likes": 31, "ae_aesthetic": 50}).encode())])
-    rows, _ = trainer.index_shard(trainer.Shard(str(shard), None), "species_list", "likes")
+    rows, _ = sdxl_data.index_shard(sdxl_data.Shard(str(shard), None), "species_list", "likes")
     assert rows[0]["score"] == 31
 
 
@@ -270,7 +271,7 @@ def test_a_dora_is_merged_from_diffusers_format_and_refused_in_kohyas(flags, ref
         embeds, _ = trainer.encode_prompts(models.text_encoders, models.tokenizers, CAPTIONS, "cpu")
         stock, *_ = base.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
     assert (embeds - stock[..., -embeds.shape[-1] :]).abs().max() < 1e-3
-    with pytest.raises(trainer.InputError, match="cannot read DoRA in kohya's format"):
+    with pytest.raises(sdxl_data.InputError, match="cannot read DoRA in kohya's format"):
         load(refiner_args("--text_encoder_2_lora", tmp_path / "run" / FILES[1]))
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 from shards import KEYS, encode, index_of, index_of_shard, load_index, noise_image, sample, write_shard
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 
@@ -26,7 +27,9 @@ def test_a_damaged_image_is_replaced_by_one_of_its_species_always_the_same(partl
     mew = partly_damaged.label_names.index("mew")
     replacements = set()
     for seed in range(12):
-        items = [trainer.ImageDataset(partly_damaged, seed, 8, "center", False, "box")[0, mew, 2, 7] for _ in range(2)]
+        items = [
+            sdxl_data.ImageDataset(partly_damaged, seed, 8, "center", False, "box")[0, mew, 2, 7] for _ in range(2)
+        ]
         assert items[0]["keys"] == items[1]["keys"] and items[0]["keys"] in ("mew 1", "mew 2")
         assert items[0]["captions"] == f"a drawing of {items[0]['keys']}" and items[0]["species"] == "mew"
         assert items[0]["replaced"] and {entry["key"] for entry in items[0]["skipped"]} == {"bad"}
@@ -40,10 +43,12 @@ def test_a_damaged_image_is_replaced_by_one_of_its_species_and_bucket(tmp_path):
     samples = [sample("bad", png=torn), sample("tall", png=encode(noise_image(1, 20, 40)))]
     samples += [sample("wide", png=encode(noise_image(2, 40, 20))), sample("pichu", labels=["pichu"])]
     index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
-    index.bucket_sizes = trainer.make_buckets(192)
-    index.buckets = trainer.nearest_buckets(index.sizes(), index.bucket_sizes)
+    index.bucket_sizes = sdxl_data.make_buckets(192)
+    index.buckets = sdxl_data.nearest_buckets(index.sizes(), index.bucket_sizes)
     mew = index.label_names.index("mew")
-    keys = {trainer.ImageDataset(index, seed, 192, "bucket", False, "box")[0, mew, 0, 0]["keys"] for seed in range(12)}
+    keys = {
+        sdxl_data.ImageDataset(index, seed, 192, "bucket", False, "box")[0, mew, 0, 0]["keys"] for seed in range(12)
+    }
     assert keys == {"wide"}
 
 
@@ -57,22 +62,22 @@ def test_exif_that_stands_behind_a_pngs_pixels_does_not_break_a_bucket(tmp_path)
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(late))).size == (20, 40)
     samples = [sample("late", png=late), sample("wide", png=encode(noise_image(2, 40, 20)))]
     index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
-    index.bucket_sizes = trainer.make_buckets(192)
-    index.buckets = trainer.nearest_buckets(index.sizes(), index.bucket_sizes)
-    item = trainer.ImageDataset(index, 0, 192, "bucket", False, "box")[0, 0, 0, 0]
+    index.bucket_sizes = sdxl_data.make_buckets(192)
+    index.buckets = sdxl_data.nearest_buckets(index.sizes(), index.bucket_sizes)
+    item = sdxl_data.ImageDataset(index, 0, 192, "bucket", False, "box")[0, 0, 0, 0]
     assert item["keys"] == "wide" and "turns the image" in item["skipped"][0]["reason"]
 
 
 def test_a_damaged_image_is_reported_once(partly_damaged):
     mew = partly_damaged.label_names.index("mew")
     for seed in range(12):
-        item = trainer.ImageDataset(partly_damaged, seed, 8, "center", False, "box")[0, mew, 2, 7]
+        item = sdxl_data.ImageDataset(partly_damaged, seed, 8, "center", False, "box")[0, mew, 2, 7]
         assert [entry["key"] for entry in item["skipped"]] == ["bad"]
 
 
 def test_a_damaged_image_that_is_the_only_one_of_its_species_does_not_end_the_run(partly_damaged):
     pichu = partly_damaged.label_names.index("pichu")
-    item = trainer.ImageDataset(partly_damaged, 0, 8, "center", False, "box")[3, pichu, 2, 7]
+    item = sdxl_data.ImageDataset(partly_damaged, 0, 8, "center", False, "box")[3, pichu, 2, 7]
     assert item["replaced"] and item["keys"] not in ("bad", "only")
 
 
@@ -89,7 +94,7 @@ def test_damage_met_in_training_is_written_once_and_counted_against_the_limit(tm
     assert note_skipped(index, tmp_path, entries[:1], progress=progress) == entries[:1]
     assert note_skipped(index, tmp_path, entries[:2], limit=0.1, progress=progress) == entries[:2]
     assert progress.skipped == {"cannot decode image": 4} and progress.damaged == entries[:2]
-    with pytest.raises(trainer.InputError, match="--max_bad_fraction"):
+    with pytest.raises(sdxl_data.InputError, match="--max_bad_fraction"):
         note_skipped(index, tmp_path, entries[2:], limit=0.1, progress=progress)
 
 

@@ -14,6 +14,7 @@ import pytest
 from harness import ALONE
 from shards import encode, load_index, noise_image, sample, write_shard
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 KEYS = [f"s{i}" for i in range(12)]
@@ -37,10 +38,10 @@ def no_waiting(monkeypatch):
 
 def delivered(index, tmp_path, workers=0):
     """{image id: pixels} and the ids in the order of three steps of the stream."""
-    mix = trainer.SpeciesMix(index, "random")
-    batches = trainer.MicroBatches(trainer.SamplePlan(index, mix, "random", 1, 4), 3, 4, 0, 1)
-    dataset = trainer.ImageDataset(index, 1, 8, "random_ar", False, "box", str(tmp_path))
-    loader = trainer.make_loader(dataset, batches, workers, False)
+    mix = sdxl_data.SpeciesMix(index, "random")
+    batches = sdxl_data.MicroBatches(sdxl_data.SamplePlan(index, mix, "random", 1, 4), 3, 4, 0, 1)
+    dataset = sdxl_data.ImageDataset(index, 1, 8, "random_ar", False, "box", str(tmp_path))
+    loader = sdxl_data.make_loader(dataset, batches, workers, False)
     return [(key, p.numpy().tobytes()) for b in loader for key, p in zip(b["keys"], b["pixels"])]
 
 
@@ -135,12 +136,12 @@ def test_every_source_gives_the_stream_of_the_local_files(shards, serve, tmp_pat
 def test_a_batch_is_read_at_the_same_time(serve, tmp_path):
     url, handler = serve(delay=0.1)
     index = load_index([url], tmp_path)
-    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
+    dataset = sdxl_data.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
     requests = [(i, -1, 0, i) for i in range(12)]
     dataset.__getitems__(requests[:3])
     handler.most_waiting = 0
     batch = dataset.__getitems__(requests)
-    assert 3 < handler.most_waiting <= trainer.IO_THREADS
+    assert 3 < handler.most_waiting <= sdxl_data.IO_THREADS
     assert [item["keys"] for item in batch] == KEYS
 
 
@@ -152,7 +153,7 @@ def test_a_run_remembers_more_shards_than_a_batch_touches(serve, tmp_path):
         write_shard(folder / f"train-{n}.tar", [sample(f"k{n}", png=encode(noise_image(n)))])
     url, handler = serve(folder)
     index = load_index([url.replace("{0..2}", "{0..39}")], tmp_path)
-    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
+    dataset = sdxl_data.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
     first = [dataset.read(index.row(i)) for i in range(40)]
     handler.requests = handler.heads = 0
     assert [dataset.read(index.row(i)) for i in range(40)] == first
@@ -169,12 +170,12 @@ def test_a_server_that_fails_for_good_ends_the_run_with_its_url(serve, tmp_path)
 
 def test_a_shard_that_is_not_there_is_one_line_with_its_url(serve, tmp_path):
     url, _ = serve()
-    with pytest.raises(trainer.InputError, match="--train_shards: http.*train-9.tar"):
+    with pytest.raises(sdxl_data.InputError, match="--train_shards: http.*train-9.tar"):
         load_index([url.replace("{0..2}", "9")], tmp_path)
 
 
 def test_a_pipe_that_fails_names_its_command(tmp_path):
-    with pytest.raises(trainer.InputError, match="--train_shards: pipe:cat /nowhere.*exit status 1"):
+    with pytest.raises(sdxl_data.InputError, match="--train_shards: pipe:cat /nowhere.*exit status 1"):
         load_index(["pipe:cat /nowhere"], tmp_path)
     assert not list((tmp_path / "shards").glob("*.tar"))
 
@@ -182,7 +183,7 @@ def test_a_pipe_that_fails_names_its_command(tmp_path):
 def test_processes_that_want_the_same_shard_copy_it_once(shards, tmp_path):
     count = tmp_path / "count"
     command = f"pipe:echo x >> {count}; cat {shards}/train-0.tar"
-    threads = [threading.Thread(target=trainer.Shard, args=(command, tmp_path)) for _ in range(6)]
+    threads = [threading.Thread(target=sdxl_data.Shard, args=(command, tmp_path)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -230,7 +231,7 @@ def test_a_local_shard_that_changes_during_the_run_is_an_error(shards, tmp_path)
     path = tmp_path / "a.tar"
     path.write_bytes((shards / "train-0.tar").read_bytes())
     index = load_index([str(path)], tmp_path)
-    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box")
+    dataset = sdxl_data.ImageDataset(index, 1, 8, "center", False, "box")
     dataset.read(index.row(0))
     time_ = os.stat(path).st_mtime_ns
     with open(path, "r+b") as file:
@@ -246,11 +247,11 @@ def test_a_remote_shard_that_changes_during_the_run_is_an_error(shards, serve, t
     for n in range(3):
         (folder / f"train-{n}.tar").write_bytes((shards / f"train-{n}.tar").read_bytes())
     index = load_index([serve(folder)[0]], tmp_path)
-    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
+    dataset = sdxl_data.ImageDataset(index, 1, 8, "center", False, "box", tmp_path)
     dataset.read(index.row(0))
     (folder / "train-0.tar").write_bytes((shards / "train-0.tar").read_bytes().replace(b"drawing", b"DRAWING"))
     dataset.read(index.row(1))  # asked at most once a minute
-    monkeypatch.setattr(trainer, "STAMP_SECONDS", -1)
+    monkeypatch.setattr(sdxl_data, "STAMP_SECONDS", -1)
     with pytest.raises(OSError, match="train-0.tar: changed while the run"):
         dataset.read(index.row(1))
 
@@ -294,11 +295,11 @@ def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
     index = load()
     assert [index.row(i)["labels"] for i in range(5)] == [["mew"], ["mew", "pichu"], [], [], ["pichu"]]
     assert [(d["key"], d["reason"]) for d in index.damage] == [("row 5", "no caption")]
-    dataset = trainer.ImageDataset(index, 1, 8, "center", False, "box")
+    dataset = sdxl_data.ImageDataset(index, 1, 8, "center", False, "box")
     for i in range(5):
         assert dataset.open(index.row(i), (8, 8))[0].tobytes() == pictures[i].tobytes()
     args.max_train_samples = 2
     assert len(load()) == 2
     args.caption_column = "text"
-    with pytest.raises(trainer.InputError, match="--caption_column: .* has columns picture, caption, species_list"):
+    with pytest.raises(sdxl_data.InputError, match="--caption_column: .* has columns picture, caption, species_list"):
         load()
