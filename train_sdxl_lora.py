@@ -124,6 +124,7 @@ def raise_if_stopping(accelerator):
 
 # --flag and --no-flag, so that a file's true can be undone
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+TRACKERS = "tensorboard wandb comet_ml aim clearml dvclive mlflow swanlab trackio all none".split()
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention layers, as in diffusers' script
 # diffusers' SchedulerType without the piecewise one, which needs rules that no flag carries
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -278,7 +279,7 @@ def add_run_arguments(parser):
     add("--allow_tf32", **switch, help="TF32 matrix products on NVIDIA GPUs (already on for convolutions)")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
         help="deterministic kernels; turning them off is faster on a GPU, but resumed runs match only approximately")
-    add("--report_to", default="tensorboard", metavar="NAME", help="tensorboard, wandb, comet_ml, all or none")
+    add("--report_to", choices=TRACKERS, default="tensorboard", metavar="NAME", help=f"one of {', '.join(TRACKERS)}")
     add("--logging_dir", default="logs", metavar="DIR", help="TensorBoard and the ranks' logs, inside --output_dir")
     add("--logging_steps", type=int, default=10, metavar="STEPS", help="log metrics every STEPS optimizer steps")
     add("--dry_run", **switch, help="check everything except the UNet's weights, "

@@ -63,7 +63,9 @@ def write_shards(folder, images, side, extension="jpg"):
 
 def make_index(shards, cache_dir):
     rows = [
-        row for path in shards for row in sdxl_data.index_shard(sdxl_data.Shard(path, cache_dir), "species_list")[0]
+        row
+        for path in shards
+        for row in sdxl_data.index_shard(sdxl_data.Shard(path, cache_dir), sdxl_data.Fields())[0]
     ]
     return sdxl_data.make_index(trainer.pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
 

@@ -69,7 +69,7 @@ def band_losses(shard, te2_lora=None, refiner_lora=None):
     models = trainer.load_models(args, torch.float32, torch.device("cpu"))
     if refiner_lora:
         models.unet.load_lora_adapter(str(refiner_lora), prefix="unet")
-    rows, damage = sdxl_data.index_shard(sdxl_data.Shard(str(shard), None), args.species_key)
+    rows, damage = sdxl_data.index_shard(sdxl_data.Shard(str(shard), None), sdxl_data.Fields())
     index = sdxl_data.make_index(trainer.pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
     dataset = sdxl_data.ImageDataset(index, 0, 64, "center", False, "lanczos")
     losses = []

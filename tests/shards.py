@@ -48,7 +48,7 @@ def index_of(labels, ids=None):
 
 
 def index_shard(path, species_key="species_list"):
-    return sdxl_data.index_shard(sdxl_data.Shard(str(path), None), species_key)
+    return sdxl_data.index_shard(sdxl_data.Shard(str(path), None), sdxl_data.Fields(labels=species_key))
 
 
 def open_image(data):
@@ -62,7 +62,6 @@ def index_of_shard(path):
 
 def load_index(shards, tmp_path, **flags):
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
-    args = SimpleNamespace(
-        train_shards=[str(s) for s in shards], species_key="species_list", aesthetic_key="ae_aesthetic", **flags
-    )
+    fields = {"image_column": "image", "caption_column": "text", "species_key": "species_list"}
+    args = SimpleNamespace(train_shards=[str(s) for s in shards], aesthetic_key="ae_aesthetic", **fields, **flags)
     return trainer.load_index(ALONE, args, "--train_shards", seed=1)

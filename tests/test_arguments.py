@@ -5,9 +5,8 @@ import re
 import shutil
 
 import pytest
-import torch
 import yaml
-from harness import SDXL
+from harness import SDXL, run_trainer
 
 from sdxl_data import expand_shards, read_species_csv
 from train_sdxl_lora import default_workers, make_parser, parse_args, read_prompts
@@ -162,7 +161,7 @@ def test_groups_are_the_rooms_in_order():
     titles = [
         group.title for group in make_parser()._action_groups if group.title not in ("positional arguments", "options")
     ]
-    rooms = ["Models and LoRA", "Data", "Conditioning", "Loss", "Optimizer", "Checkpoints", "Validation", "Run"]
+    rooms = ["Models and LoRA", "Data", "Encoding", "Loss", "Optimizer", "Checkpoints", "Validation", "Run"]
     assert titles == rooms
 
 
@@ -252,7 +251,7 @@ REFUSED = [
     ("--train_shards missing.tar", "train_shards", "no file missing.tar"),
     ("--train_shards a.tar missing.tar", "train_shards", "no file missing.tar"),
     ("--train_shards empty", "train_shards", "no .tar file in empty"),
-    ("--train_shards shards/c-{000..004}.tar", "train_shards", "shards/c-000.tar (5 missing)"),
+    ("--train_shards shards/c-{000..004}.tar", "train_shards", "shards/c-000.tar; 5 of 5 missing"),
     ("--train_shards shards/b-{000..002}.tar", "train_shards", "no file shards/b-002.tar"),
     ("--val_shards missing.tar", "val_shards", "no file missing.tar"),
     ("--species_csv missing.csv", "species_csv", "missing.csv"),
@@ -320,12 +319,14 @@ def test_an_output_dir_with_checkpoints_names_both_ways_out(capsys, parse):
     assert parse("--resume_from_checkpoint latest").resume_from_checkpoint == "latest"
 
 
-def test_fp16_wants_a_gpu(capsys, parse, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--mixed_precision: fp16" in refusal(capsys, parse, "--mixed_precision fp16")
-    assert parse("--mixed_precision bf16").mixed_precision == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert parse("--mixed_precision fp16").mixed_precision == "fp16"
+def test_fp16_wants_a_gpu(flags, tmp_path):
+    result = run_trainer([*flags, "--mixed_precision", "fp16"], tmp_path / "run")
+    assert result.codes == [1] and "--mixed_precision: fp16 needs a CUDA device" in result.output
+
+
+def test_a_tracker_that_is_not_installed_is_named(flags, tmp_path):
+    result = run_trainer([*flags, "--report_to", "aim"], tmp_path / "run")
+    assert result.codes == [1] and "--report_to: aim is not installed; found all, none, " in result.output
 
 
 def test_a_whole_snapshot_is_accepted_and_one_part_less_is_not(capsys, parse, folder):

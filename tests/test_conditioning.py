@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -62,7 +63,7 @@ def sample(pipeline, captions, guidance_scale=1.0, **options):
 
 def encode(models, captions):
     with torch.no_grad():
-        return encode_prompts(models.text_encoders, models.tokenizers, captions, "cpu")
+        return encode_prompts(models, captions, "cpu")
 
 
 def time_ids_of(sizes, count):
@@ -173,11 +174,11 @@ def test_no_token_is_lost_or_read_twice_between_chunks(models):
 
 
 def test_chunks_are_encoded_one_by_one_and_concatenated(models):
-    encoders = models.text_encoders, models.tokenizers
+    chunked = replace(models, caption_chunks=3)
     with torch.no_grad():
-        embeds, pooled = encode_prompts(*encoders, CAPTIONS, "cpu", 3)
-        first, first_pooled = encode_prompts(*encoders, CAPTIONS, "cpu")
-        alone, _ = encode_prompts(*encoders, CAPTIONS[1:], "cpu", 3)
+        embeds, pooled = encode_prompts(chunked, CAPTIONS, "cpu")
+        first, first_pooled = encode_prompts(models, CAPTIONS, "cpu")
+        alone, _ = encode_prompts(chunked, CAPTIONS[1:], "cpu")
     assert embeds.shape == (2, 231, first.shape[-1])
     torch.testing.assert_close(embeds[:, :77], first)
     torch.testing.assert_close(pooled, first_pooled)

@@ -152,7 +152,7 @@ def test_a_damaged_sample_is_named_with_its_reason_and_left_out(tmp_path, change
 )
 def test_strange_metadata_does_not_end_the_indexing(tmp_path, metadata):
     shard = write_shard(tmp_path / "a.tar", [sample("good"), sample("strange", json=metadata.encode())])
-    table = sdxl_data.cached_index_shard(shard, tmp_path, "species_list")
+    table = sdxl_data.cached_index_shard(shard, tmp_path, sdxl_data.Fields())
     assert table.column("key").to_pylist()[0] == "good"
 
 

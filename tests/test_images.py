@@ -167,8 +167,7 @@ def test_a_bucketed_item_is_the_middle_of_the_scaled_image(tmp_path, size, orien
     smooth = noise_image(1, 5, 5).resize(size, Image.Resampling.BICUBIC)
     data = encode(smooth, "JPEG", quality=95, exif=exif)
     index = index_of_shard(write_shard(tmp_path / "a.tar", [sample("x", png=None, jpg=data)]))
-    index.bucket_sizes = sdxl_data.make_buckets(192)
-    index.buckets = sdxl_data.nearest_buckets(index.sizes(), index.bucket_sizes)
+    index = sdxl_data.assign_buckets(index, 192)
     item = sdxl_data.ImageDataset(index, 0, 192, "bucket", False, "lanczos")[0, -1, 0, 0]
     seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     height, width = item["target_sizes"]

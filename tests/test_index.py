@@ -5,7 +5,6 @@ import json
 import os
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -97,15 +96,15 @@ def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_pat
     calls = []
     original = sdxl_data.index_shard
     monkeypatch.setattr(sdxl_data, "index_shard", lambda *a: calls.append(a) or original(*a))
-    first = sdxl_data.cached_index_shard(str(shard), tmp_path, "species_list")
-    assert sdxl_data.cached_index_shard(str(shard), tmp_path, "species_list").equals(first, check_metadata=True)
+    first = sdxl_data.cached_index_shard(str(shard), tmp_path, sdxl_data.Fields())
+    assert sdxl_data.cached_index_shard(str(shard), tmp_path, sdxl_data.Fields()).equals(first, check_metadata=True)
     assert len(calls) == 1
-    sdxl_data.cached_index_shard(str(shard), tmp_path, "other_key")
+    sdxl_data.cached_index_shard(str(shard), tmp_path, sdxl_data.Fields(labels="other_key"))
     assert len(calls) == 2
     stat = os.stat(shard)
     write_shard(shard, [sample(key.replace("s", "t")) for key in KEYS])
     assert os.stat(shard).st_size == stat.st_size
-    changed = sdxl_data.cached_index_shard(str(shard), tmp_path, "species_list")
+    changed = sdxl_data.cached_index_shard(str(shard), tmp_path, sdxl_data.Fields())
     assert changed.column("key").to_pylist()[0] == "t0"
 
 
@@ -142,9 +141,9 @@ def image_folder(tmp_path, monkeypatch):
         for row in rows:
             noise_image(1).save(folder / row["file_name"])
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags = {"train_data_dir": str(folder), "dataset_name": None, "cache_dir": None, "species_key": "species_list"}
-        args = SimpleNamespace(**flags, aesthetic_key="ae_aesthetic", image_column="image", caption_column="text")
-        return sdxl_data.index_table(sdxl_data.load_table(args), args)
+        fields = sdxl_data.Fields()
+        table = sdxl_data.load_table("--train_data_dir", str(folder), fields)
+        return sdxl_data.index_table(table, str(folder), True, fields)
 
     return make
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdxl_data import InputError
-from train_sdxl_lora import make_lr_schedule, make_optimizer, make_parameter_groups, set_learning_rate
+from train_sdxl_lora import Progress, make_lr_schedule, make_optimizer, make_parameter_groups, update_weights
 
 FLAGS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.03, "adam_epsilon": 1e-7}
 
@@ -100,6 +100,14 @@ def test_the_factor_multiplies_the_peak_of_each_group():
     trained = {"unet": torch.nn.Linear(2, 2), "text_encoder": torch.nn.Linear(2, 2)}
     groups = make_parameter_groups(trained, 1e-3, 0.3)
     optimizer = make_optimizer(SimpleNamespace(optimizer="adamw", **FLAGS), groups, 1e-3)
-    set_learning_rate(optimizer, 0.5)
-    set_learning_rate(optimizer, 0.25)
+    batches = SimpleNamespace(plan=SimpleNamespace(global_batch=2), states={1: [], 2: []})
+    run = SimpleNamespace(optimizer=optimizer, lr_schedule=lambda step: (0.5, 0.25)[step], progress=Progress())
+    run.args, run.accelerator, run.batches = (
+        SimpleNamespace(on_nonfinite="stop"),
+        SimpleNamespace(scaler=None),
+        batches,
+    )
+    update_weights(run)
+    update_weights(run)
+    assert run.progress.step == 2 and run.progress.samples == 4
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.5e-4, 7.5e-5])

@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from shards import encode, index_of, index_of_shard, noise_image, sample, write_shard
 
 import sdxl_data
-import train_sdxl_lora as trainer
 
 # ---- random numbers
 
@@ -20,7 +20,7 @@ def test_streams_never_change_silently():
     assert sdxl_data.torch_seed(7, 1, 5) == 2311715695230501050
     assert sdxl_data.hash_text("a") == 3405396810240292928
     purposes = "ORDER ACCEPT LABEL CROP FLIP REPLACE SUBSET SAMPLE DROPOUT_MASK".split()
-    assert [getattr(trainer, name) for name in purposes] == list(range(9))
+    assert [getattr(sdxl_data, name) for name in purposes] == list(range(9))
 
 
 def test_uniform_is_uniform_and_its_streams_are_independent():
@@ -251,11 +251,10 @@ def test_the_species_that_the_loader_delivers_follow_a_moving_mixture(tmp_path, 
 def bucketed_index(labels):
     """Rows in three buckets, each species with its own share of them: the commonest are wide, the rarest tall."""
     index, rng = index_of(labels), np.random.default_rng(4)
-    index.bucket_sizes = [(256, 128), (192, 192), (128, 256)]
     names = [int(row[0].split()[-1]) if row else 0 for row in labels]
     shares = [(0.05 + 0.85 * s / SPECIES, 0.1, 0.85 - 0.85 * s / SPECIES) for s in names]
-    index.buckets = np.array([rng.choice(3, p=p) for p in shares])
-    return index
+    buckets = np.array([rng.choice(3, p=p) for p in shares])
+    return replace(index, bucket_sizes=[(256, 128), (192, 192), (128, 256)], buckets=buckets)
 
 
 @pytest.mark.parametrize("choice", ["first", "random"])
@@ -299,7 +298,7 @@ def test_a_bucketed_plan_restarted_from_its_state_continues_identically():
 
 def test_unlabelled_images_come_at_their_constant_rate_over_the_buckets_too():
     index = index_of([["a"]] * 300 + [[]] * 300)
-    index.bucket_sizes, index.buckets = [(256, 128), (128, 256)], np.repeat([0, 1, 1, 1], 150)
+    index = replace(index, bucket_sizes=[(256, 128), (128, 256)], buckets=np.repeat([0, 1, 1, 1], 150))
     plan = sdxl_data.SamplePlan(index, sdxl_data.SpeciesMix(index, "random"), "random", seed=1, global_batch=1)
     counts = deliver(plan, 6000)
     expected = 6000 * sdxl_data.UNLABELLED_ACCEPTANCE / (1 + sdxl_data.UNLABELLED_ACCEPTANCE)

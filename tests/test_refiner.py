@@ -192,7 +192,7 @@ def test_the_score_is_the_field_divided_and_clipped(field, scale, score):
 
 def test_another_field_of_the_metadata_is_the_score(tmp_path):
     shard = write_shard(tmp_path / "a.tar", [sample("a", json=json.dumps({"likes": 31, "ae_aesthetic": 50}).encode())])
-    rows, _ = sdxl_data.index_shard(sdxl_data.Shard(str(shard), None), "species_list", "likes")
+    rows, _ = sdxl_data.index_shard(sdxl_data.Shard(str(shard), None), sdxl_data.Fields(score="likes"))
     assert rows[0]["score"] == 31
 
 
@@ -252,8 +252,8 @@ def test_the_merged_encoder_says_what_the_base_pipeline_with_its_lora_says(refin
     plain = load(refiner_args())
     base, _ = stock_pipelines(base_lora)
     with torch.no_grad():
-        embeds, pooled = trainer.encode_prompts(models.text_encoders, models.tokenizers, CAPTIONS, "cpu")
-        unmerged, _ = trainer.encode_prompts(plain.text_encoders, plain.tokenizers, CAPTIONS, "cpu")
+        embeds, pooled = trainer.encode_prompts(models, CAPTIONS, "cpu")
+        unmerged, _ = trainer.encode_prompts(plain, CAPTIONS, "cpu")
         stock, _, stock_pooled, _ = base.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
     stock = stock[..., -embeds.shape[-1] :]
     assert (embeds - stock).abs().max() < 1e-4 and (pooled - stock_pooled).abs().max() < 1e-4
@@ -268,7 +268,7 @@ def test_a_dora_is_merged_from_diffusers_format_and_refused_in_kohyas(flags, ref
     models = load(refiner_args("--text_encoder_2_lora", tmp_path / "run" / FILES[0]))
     base, _ = stock_pipelines(tmp_path / "run")
     with torch.no_grad():
-        embeds, _ = trainer.encode_prompts(models.text_encoders, models.tokenizers, CAPTIONS, "cpu")
+        embeds, _ = trainer.encode_prompts(models, CAPTIONS, "cpu")
         stock, *_ = base.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
     assert (embeds - stock[..., -embeds.shape[-1] :]).abs().max() < 1e-3
     with pytest.raises(sdxl_data.InputError, match="cannot read DoRA in kohya's format"):

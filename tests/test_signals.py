@@ -45,7 +45,8 @@ def whole(request, busy_flags, tmp_path_factory):
 
 def signal_at(name, call, number, ranks, note, module):
     """Sends `number` to the process itself as it enters the `call`-th call of a function, on some ranks."""
-    original, calls = getattr(module, name), []
+    owner = module if hasattr(module, name) else module.data
+    original, calls = getattr(owner, name), []
 
     def function(*args, **kwargs):
         calls.append(1)
@@ -55,7 +56,7 @@ def signal_at(name, call, number, ranks, note, module):
             time.sleep(0.2)  # for the thread that hears it
         return original(*args, **kwargs)
 
-    setattr(module, name, function)
+    setattr(owner, name, function)
 
 
 MOMENTS = {

@@ -43,8 +43,7 @@ def test_a_damaged_image_is_replaced_by_one_of_its_species_and_bucket(tmp_path):
     samples = [sample("bad", png=torn), sample("tall", png=encode(noise_image(1, 20, 40)))]
     samples += [sample("wide", png=encode(noise_image(2, 40, 20))), sample("pichu", labels=["pichu"])]
     index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
-    index.bucket_sizes = sdxl_data.make_buckets(192)
-    index.buckets = sdxl_data.nearest_buckets(index.sizes(), index.bucket_sizes)
+    index = sdxl_data.assign_buckets(index, 192)
     mew = index.label_names.index("mew")
     keys = {
         sdxl_data.ImageDataset(index, seed, 192, "bucket", False, "box")[0, mew, 0, 0]["keys"] for seed in range(12)
@@ -62,8 +61,7 @@ def test_exif_that_stands_behind_a_pngs_pixels_does_not_break_a_bucket(tmp_path)
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(late))).size == (20, 40)
     samples = [sample("late", png=late), sample("wide", png=encode(noise_image(2, 40, 20)))]
     index = index_of_shard(write_shard(tmp_path / "a.tar", samples))
-    index.bucket_sizes = sdxl_data.make_buckets(192)
-    index.buckets = sdxl_data.nearest_buckets(index.sizes(), index.bucket_sizes)
+    index = sdxl_data.assign_buckets(index, 192)
     item = sdxl_data.ImageDataset(index, 0, 192, "bucket", False, "box")[0, 0, 0, 0]
     assert item["keys"] == "wide" and "turns the image" in item["skipped"][0]["reason"]
 

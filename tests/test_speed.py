@@ -24,7 +24,7 @@ CACHES = ["--cache_latents", "--cache_text_embeddings", "--crop", "center"]
 
 
 def small_files(module):
-    module.CACHE_ROWS = 16
+    module.data.CACHE_ROWS = 16
 
 
 def one_image_at_a_time(module):
@@ -82,9 +82,9 @@ def refuse_to_encode(module):
     def refuse(*args, **kwargs):
         raise AssertionError("encoded again")
 
-    module.encode_moments = module.open_image = refuse
+    module.encode_moments = module.data.open_image = refuse
     original = module.encode_prompts
-    module.encode_prompts = lambda *args: original(*args) if args[2] == [""] else refuse()
+    module.encode_prompts = lambda *args: original(*args) if args[1] == [""] else refuse()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
