@@ -36,6 +36,8 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks for a package that nobody needs here
 
 import diffusers
+import jinja2
+import matplotlib
 import numpy as np
 import open_clip
 import safetensors.torch
@@ -44,6 +46,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from markupsafe import Markup
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -839,6 +842,109 @@ def copies_section(rows, reference, held_out, args, gallery, count=8):
     note += f"{100 * COPY_QUANTILE:g} % of them less than {held_out['copy_limit']:.3f}: more is called a copy. "
     note += f"By CLIP they are {held_out['nearest_similarity']:.3f} alike."
     return f"<h2>Most like a training image</h2><p>{note}</p><div class=pairs>{''.join(parts)}</div>"
+
+
+# ---- page: what every report shares, hpo_sweep.py's too
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#086, #4d9); --bad: light-dark(#b30, #f85) }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
+h1 { font-size: 1.6rem; line-height: 1.2 }
+h2 { font-size: 1.3rem; line-height: 1.2; margin: 2.5rem 0 .8rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+small { opacity: .75 }
+summary { cursor: pointer }
+meter { width: 8rem }
+pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) }
+
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
+td small { white-space: nowrap }
+.sure { color: var(--accent); font-weight: 600 }
+.unsure { opacity: .75 }
+.flag { color: var(--bad); display: block }
+
+.plots, .best { display: grid; gap: 1rem 2rem }
+.plots, .best { grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
+.best h3 { margin: 0 }
+.row { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); margin-bottom: .6rem }
+.pairs { display: grid; gap: .6rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)) }
+.pairs .row { grid-template-columns: 1fr 1fr }
+
+figure { margin: 0 }
+figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere }
+.plots figcaption { font-size: .9rem }
+img { max-width: 100%; border-radius: 4px }
+.plot { display: block; width: 100%; max-width: 36rem; height: auto; fill: currentColor; stroke-linejoin: round }
+.plot text { font-family: inherit !important }
+
+/* A figure with an id enlarges its image while the address ends in #id; the link .close covers the page then. */
+.row a:first-child { display: block; aspect-ratio: 1 }
+.row img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover }
+figure[id] { scroll-margin-top: 40vh }
+figure .close { display: none }
+figure:target .close { display: block; position: fixed; inset: 0; background: #000d; z-index: 1; cursor: zoom-out }
+figure:target img { position: fixed; inset: 0; margin: auto; z-index: 2; pointer-events: none; object-fit: contain }
+figure:target img { width: 94vw; height: 94vh; height: 94dvh; max-width: none; aspect-ratio: auto }
+"""
+
+LAYOUT = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+{% include "body" %}
+</body>
+</html>
+"""
+
+# What follows the reader's light or dark mode: black, white and matplotlib's first colour.
+SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(--accent)"}
+
+
+def render_page(body, title, **values):
+    """An HTML page of `body`, Jinja2 source that may use `title` and `values`: one file, no request to anywhere.
+
+    Values are escaped unless they are Markup. Errors: jinja2.UndefinedError for a name without a value.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"layout": LAYOUT, "body": body}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("layout").render(title=title, style=Markup(STYLE), **values)
+
+
+def figure_svg(figure, label):
+    """Markup of a matplotlib Figure as inline SVG that is as wide as its place; screen readers read the label.
+
+    Black becomes the colour of the text, white that of the page, and matplotlib's first colour the accent colour.
+    """
+    encoded = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(encoded, format="svg", transparent=True, metadata=metadata)
+    source = encoded.getvalue()
+    view_box = re.search(r'viewBox="([^"]+)"', source)[1]
+    # Matplotlib's own style would reach the whole page.
+    content = source.partition("</defs>")[2].rpartition("</svg>")[0]
+    prefix = "f" + digest(label, source)
+
+    def adapt(tag):
+        text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", tag[0])
+        return re.sub("#[0-9a-f]{6}", lambda colour: SVG_COLOURS.get(colour[0], colour[0]), text)
+
+    content = Markup(re.sub("<[^>]*>", adapt, content))
+    return Markup('<svg class="plot" role="img" aria-label="{}" viewBox="{}">{}</svg>').format(
+        label, view_box, content
+    )
 
 
 PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
