@@ -1,33 +1,31 @@
 #!/usr/bin/env python
-"""Score LoRA adapters for Stable Diffusion XL: the same pictures with and without each, judged by CLIP.
+"""Score LoRA adapters for Stable Diffusion XL: the same images with and without each, scored by CLIP.
 
     python evaluate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
         --lora runs/a runs/b --train_shards data/train --val_shards data/val --output_dir eval
 
-    accelerate launch --num_processes 8 evaluate.py ...     # N GPUs share the pictures
+    accelerate launch --num_processes 8 evaluate.py ...     # N GPUs share the images
     python evaluate.py --checkpoints runs/a ...             # every checkpoint of a run, as a curve
 
-Read OUTPUT_DIR/report.html. The same command again goes on where an evaluation was interrupted: pictures and their
-embeddings are kept as they are made.
+Read OUTPUT_DIR/report.html. To continue an interrupted evaluation, run the same command again: images and their
+embeddings are saved as they are made.
 
-The rooms of this file, in the order data flows:
-     1 Arguments    2 Panel    3 Pictures    4 Judges    5 Statistics    6 Report    7 Main
+Sections, in the order data flows:
+     1 Arguments    2 Prompts    3 Images    4 Scores    5 Statistics    6 Report    7 Main
 """
 
 import base64
 import csv
-import functools
 import hashlib
-import html
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import shlex
-import string
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -36,14 +34,19 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks for a package that nobody needs here
 
 import diffusers
+import jinja2
+import matplotlib
 import numpy as np
 import open_clip
 import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -53,72 +56,73 @@ from train_sdxl_lora import InputError
 AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
-BOOTSTRAP_SAMPLES = 2000  # resamples of the prompts behind every interval
-COPY_QUANTILE = 0.99  # of the held-out images' correlation with their nearest training image: above it is a copy
-COPY_SHARE = 0.05  # of a model's pictures above that, at the interval's lower end, flags the model
-THUMBNAIL = 16  # side in pixels of what copies are looked for in: where things are and their colours, no detail
-EMBEDDING_BATCH = 32  # images; fixed, so that no embedding depends on who computes it
+BOOTSTRAP_SAMPLES = 2000  # resamples of the prompts for each interval
+COPY_QUANTILE = 0.99  # of the held-out images' correlation with their nearest training image; a copy has more
+COPY_SHARE = 0.05  # a model is flagged if more of its images are copies, by the lower end of the interval
+THUMBNAIL = 16  # side in px of the thumbnails that show copies: layout and colours, no detail
+EMBEDDING_BATCH = 32  # images; fixed, so that embeddings do not depend on the number of processes
 
 logger = logging.getLogger("evaluate")
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 1 Arguments
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 # fmt: off
 def make_parser():
     parser = trainer.Parser(
         usage="%(prog)s --pretrained_model_name_or_path PATH|ID --lora FILE|DIR … --output_dir DIR [--FLAG VALUE]…",
-        description="Score LoRA adapters by pictures. The groups below are the rooms of the script.",
+        description="Score LoRA adapters by their images. The groups below follow the sections of the script.",
         config_file_parser_class=trainer.configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: trainer.HelpFormatter(prog, max_help_position=34, width=118),
         allow_abbrev=False, add_config_file_help=False, add_env_var_help=False,
     )
-    add = parser.add_argument_group("Panel").add_argument
-    add("--prompts", metavar="FILE", help="JSONL: `prompt`, and where you have them `id`, `clip_prompt`, `species`, "
-        "`tags`; a panel of 16 for PokeFA by default")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="a picture for each, of every prompt")
+    add = parser.add_argument_group("Prompts").add_argument
+    add("--prompts", metavar="FILE", help="JSONL with `prompt` and optional `id`, `clip_prompt`, `species`, `tags` "
+        "(default: 16 prompts for PokeFA)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="one image per seed and prompt")
 
-    add = parser.add_argument_group("Pictures").add_argument
+    add = parser.add_argument_group("Images").add_argument
     add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="SDXL snapshot: folder or hub id")
     add("--revision", metavar="REV", help="hub revision of the snapshot")
-    add("--variant", metavar="NAME", help="weight file variant of the snapshot, say fp16")
+    add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
     add("--lora", nargs="+", default=[], metavar="FILE|DIR",
-        help="LoRA files of either format, runs or checkpoints; the base model is always shown beside them")
-    add("--checkpoints", metavar="DIR", help="every checkpoint of this run")
-    add("--lora_scale", type=float, default=1.0, metavar="X", help="strength of every LoRA")
-    add("--refiner_unet", metavar="PATH|ID", help="all pictures are finished by this refiner")
+        help="LoRA files in diffusers' or kohya's format, runs or checkpoints; the base model is always evaluated too")
+    add("--checkpoints", metavar="DIR", help="evaluate every checkpoint of this run")
+    add("--lora_scale", type=float, default=1.0, metavar="X", help="strength of the LoRAs")
+    add("--refiner_unet", metavar="PATH|ID", help="refiner that finishes all images")
     add("--refiner_lora", metavar="FILE|DIR",
-        help="LoRA of the refiner, used where a LoRA is, not with the base model")
-    add("--denoising_start", type=float, default=0.8, metavar="P", help="share of the steps before the refiner's")
-    add("--resolution", type=int, default=1024, metavar="PX", help="side of the pictures")
+        help="LoRA of the refiner; used with every model but the base model")
+    add("--denoising_start", type=float, default=0.8, metavar="P", help="share of the steps done before the refiner")
+    add("--resolution", type=int, default=1024, metavar="PX", help="width and height of the images")
     add("--num_inference_steps", type=int, default=30, metavar="STEPS", help="denoising steps")
-    add("--guidance_scale", type=float, default=7.0, metavar="G", help="classifier-free guidance; 1 is none")
-    add("--negative_prompt", metavar="TEXT", help="for all pictures; the pipeline's own by default")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="precision of the weights; bf16 on a GPU, else fp32")
-    add("--batch_size", type=int, default=4, metavar="N", help="pictures made at once")
+    add("--guidance_scale", type=float, default=7.0, metavar="G", help="classifier-free guidance; 1 turns it off")
+    add("--negative_prompt", metavar="TEXT", help="negative prompt of all images (default: the pipeline's)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="weight precision (default: bf16 on a GPU, else fp32)")
+    add("--batch_size", type=int, default=4, metavar="N", help="images generated at once")
 
-    add = parser.add_argument_group("Judges").add_argument
+    add = parser.add_argument_group("Scores").add_argument
     add("--clip_model", default="ViT-H-14/laion2b_s32b_b79k", metavar="NAME",
         help="open_clip model: ARCHITECTURE/WEIGHTS, hf-hub:ID or local-dir:FOLDER")
-    add("--species_prompt", default="{}", metavar="TEXT", help="what CLIP reads for a species, {} being its name")
-    add("--aesthetic_clip_model", default="ViT-L-14/openai", metavar="NAME", help="what the aesthetic head reads")
+    add("--species_prompt", default="{}", metavar="TEXT", help="text that CLIP compares for a species; {} is its name")
+    add("--aesthetic_clip_model", default="ViT-L-14/openai", metavar="NAME",
+        help="open_clip model whose embeddings the aesthetic head takes")
     add("--aesthetic_head", default=AESTHETIC_HEAD, metavar="FILE|URL|none",
-        help="head in LAION's format, .pth or .safetensors (default: sac+logos+ava1-l14-linearMSE)")
+        help="in LAION's format, .pth or .safetensors (default: sac+logos+ava1-l14-linearMSE)")
     add("--score_weights", type=float, nargs=2, default=[0.6, 0.4], metavar=("A", "B"),
         help="score = A adherence + B aesthetic / 10")
-    add("--train_shards", nargs="+", metavar="TAR", help="training images, to look for copies of them")
+    add("--train_shards", nargs="+", metavar="TAR", help="training images; the report shows copies of them")
     add("--val_shards", nargs="+", metavar="TAR",
-        help="held-out images to compare with; each training image with the others by default")
+        help="held-out images: how similar images are without copying (default: the training images)")
 
     add = parser.add_argument_group("Run").add_argument
-    add("--config", is_config_file=True, metavar="FILE", help="YAML file of any of these flags; the command line wins")
-    add("--output_dir", required=True, metavar="DIR", help="pictures, metrics.json, per_image.csv, report.html")
-    add("--images_dir", metavar="DIR", help="for the pictures, where several evaluations share the base model's")
+    add("--config", is_config_file=True, metavar="FILE", help="YAML file with flags; the command line wins")
+    add("--output_dir", required=True, metavar="DIR", help="for images, metrics.json, per_image.csv, report.html")
+    add("--images_dir", metavar="DIR", help="for images, which several evaluations may share")
     add("--cache_dir", metavar="DIR", help="for downloads and copies of shards")
-    add("--report_to", choices=["none", "wandb"], default="none", help="a table of the pictures and the summary")
+    add("--report_to", choices=["none", "wandb"], default="none", help="where to send a table of the images")
     return parser
 # fmt: on
 
@@ -144,7 +148,7 @@ def parse_args(argv=None):
     if trainer.looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir():
         parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
     checks = {
-        "prompts": lambda: read_panel(args.prompts),
+        "prompts": lambda: read_prompts(args.prompts),
         "lora": lambda: list(map(find_lora, args.lora)),
         "checkpoints": lambda: list_models(args),
         "refiner_lora": lambda: args.refiner_lora and find_lora(args.refiner_lora),
@@ -161,14 +165,14 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------
-# 2 Panel: what is drawn
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# 2 Prompts
+# -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of the panel. `clip_prompt` is what adherence is measured by; `species` may be None."""
+    """A prompt to evaluate. CLIP compares its images with `clip_prompt`; `species` may be None."""
 
     id: str
     prompt: str
@@ -177,22 +181,15 @@ class Prompt:
     tags: tuple
 
 
-# Seam: the default panel. Contract: (id, species, tags, prompt); ids differ.
-POKEFA_PANEL = [
+# fmt: off
+# Seam: the default prompts. Contract: (id, species, tags, prompt); ids differ.
+POKEFA_PROMPTS = [
     ("pikachu-day", "pikachu", "day, single, action", "Pikachu surfing a big wave under a bright midday sun, spray"),
     ("pikachu-night", "pikachu", "night, single", "Pikachu asleep on a mossy roof under a starry night sky"),
-    (
-        "eevee-painterly",
-        "eevee",
-        "day, single, painterly",
-        "oil painting of Eevee in tall autumn grass, loose brushwork",
-    ),
-    (
-        "umbreon-night",
-        "umbreon",
-        "night, single, anime",
-        "Umbreon on a cliff, rings glowing in moonlight, anime style",
-    ),
+    ("eevee-painterly", "eevee", "day, single, painterly",
+     "oil painting of Eevee in tall autumn grass, loose brushwork"),
+    ("umbreon-night", "umbreon", "night, single, anime",
+     "Umbreon on a cliff, rings glowing in moonlight, anime style"),
     ("charizard-action", "charizard", "day, single, action", "Charizard diving through clouds, breathing fire"),
     ("charizard-shiny", "charizard", "shiny, single", "a shiny black Charizard perched on a castle tower at dusk"),
     ("ninetales-alola", "ninetales", "regional, single", "Alolan Ninetales, white fur, walking through falling snow"),
@@ -206,45 +203,56 @@ POKEFA_PANEL = [
     ("snorlax-painterly", "snorlax", "painterly, day", "watercolour of Snorlax asleep beneath a cherry tree in bloom"),
     ("mewtwo-night", "mewtwo", "night, single", "Mewtwo floating above a ruined laboratory at night, purple glow"),
 ]
+# fmt: on
 
 
-def read_panel(path=None):
-    """[Prompt] of a JSONL file, or the default panel. Errors: ValueError naming the line and the field."""
+def parse_prompt(line, number):
+    """Prompt of a line of JSON. Errors: ValueError naming the field."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("`prompt` is missing or empty; expected a string")
+    clip_prompt = row.get("clip_prompt") or text
+    species = row.get("species")
+    if not isinstance(clip_prompt, str) or not isinstance(species, str | None):
+        raise ValueError("`clip_prompt` and `species` must be strings")
+    tags = row.get("tags") or []
+    if isinstance(tags, str):
+        tags = tags.split(",")
+    id = str(row.get("id", f"line-{number}"))
+    return Prompt(id, text, clip_prompt, species, tuple(str(tag).strip() for tag in tags))
+
+
+def read_prompts(path=None):
+    """[Prompt] of a JSONL file, or the default prompts. Errors: ValueError naming the line."""
     if path is None:
-        return [Prompt(i, text, text, species, tuple(tags.split(", "))) for i, species, tags, text in POKEFA_PANEL]
-    panel = []
+        return [Prompt(id, text, text, species, tuple(tags.split(", "))) for id, species, tags, text in POKEFA_PROMPTS]
+    prompts = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: not JSON: {error}") from None
-        text = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path} line {number}: no field `prompt` with a text")
-        fields = {"id": str(row.get("id", f"line-{number}")), "clip_prompt": row.get("clip_prompt") or text}
-        species, tags = row.get("species"), row.get("tags") or []
-        if not isinstance(fields["clip_prompt"], str) or not isinstance(species, str | None):
-            raise ValueError(f"{path} line {number}: `clip_prompt` and `species` are texts")
-        tags = tags.split(",") if isinstance(tags, str) else tags
-        panel.append(Prompt(prompt=text, species=species, tags=tuple(str(t).strip() for t in tags), **fields))
-    if not panel:
+            if line.strip():
+                prompts.append(parse_prompt(line, number))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+    if not prompts:
         raise ValueError(f"{path} is empty; write one JSON object per line")
-    double = [i for i, count in Counter(p.id for p in panel).items() if count > 1]
-    if double:
-        raise ValueError(f"{path}: the id {double[0]!r} stands twice")
-    return panel
+    for id, count in Counter(prompt.id for prompt in prompts).items():
+        if count > 1:
+            raise ValueError(f"{path}: {count} prompts have the id {id!r}; ids must differ")
+    return prompts
 
 
-# ------------------------------------------------------------------------------
-# 3 Pictures: model × prompt × seed
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# 3 Images: model × prompt × seed
+# -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is under test: the base model, or it with a LoRA. `step` is a checkpoint's."""
+    """A model to evaluate: the base model, alone or with LoRAs. `step` is set for a checkpoint."""
 
     name: str
     lora: Path | None = None
@@ -253,7 +261,7 @@ class Model:
 
 
 def find_lora(path):
-    """The LoRA file meant by `path`: itself, or the one in a run or checkpoint. Errors: ValueError without one."""
+    """LoRA file that `path` means: the file itself, or the one in a run or checkpoint. Errors: ValueError."""
     path = Path(path).expanduser()
     file = path / trainer.LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -262,30 +270,52 @@ def find_lora(path):
 
 
 def list_models(args):
-    """[Model]: the base model, each --lora, each checkpoint of --checkpoints; names differ."""
+    """[Model]: the base model, each --lora, each checkpoint of --checkpoints. Errors: ValueError."""
     refiner_lora = find_lora(args.refiner_lora) if args.refiner_lora else None
-    models = [Model("base model")]
-    for path in map(Path, args.lora):
-        name = path.stem if path.is_file() and path.name != trainer.LORA_FILE else find_lora(path).parent.name
-        taken = sum(m.name.partition(" (")[0] == name for m in models)
-        models.append(Model(f"{name} ({taken + 1})" if taken else name, find_lora(path), refiner_lora))
+    models = {"base model": Model("base model")}
+
+    def add(name, lora, step=None):
+        unique = name
+        number = 1
+        while unique in models:
+            number += 1
+            unique = f"{name} ({number})"
+        models[unique] = Model(unique, lora, refiner_lora, step)
+
+    for file in map(find_lora, args.lora):
+        # LoRA files of runs are all called the same; the name of the run tells more.
+        add(file.parent.name if file.name == trainer.LORA_FILE else file.stem, file)
     if refiner_lora and not args.lora and not args.checkpoints:
-        models.append(Model(refiner_lora.parent.name, None, refiner_lora))
+        add(refiner_lora.parent.name, None)
     if args.checkpoints:
-        found = trainer.list_checkpoints(args.checkpoints)
-        if not found:
+        checkpoints = trainer.list_checkpoints(args.checkpoints)
+        if not checkpoints:
             raise ValueError(f"no checkpoint-N in {args.checkpoints}; give the --output_dir of a run")
-        models += [Model(f"step {step}", find_lora(folder), refiner_lora, step) for step, folder in found]
-    return models
+        for step, folder in checkpoints:
+            add(f"step {step}", find_lora(folder), step)
+    return list(models.values())
 
 
-@functools.cache
-def file_digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+@dataclass(frozen=True)
+class Job:
+    """An image to generate and score, and the file it is saved in."""
+
+    model: Model
+    prompt: Prompt
+    seed: int
+    path: Path
 
 
-def digest(*parts):
-    """12 hex digits of a hash of values."""
+def hash_file(path):
+    """SHA-256 of a file, or None without one."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short_hash(*parts):
+    """12 hex digits that change with the values."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -293,203 +323,226 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
 
 
-def image_folder(args, model):
-    """Where a model's pictures lie; another folder when anything that shapes them changes."""
-    flags = "pretrained_model_name_or_path revision variant lora_scale refiner_unet denoising_start resolution "
-    flags += "num_inference_steps guidance_scale negative_prompt dtype"
-    if model.lora is None and model.refiner_lora is None:
-        flags = flags.replace("lora_scale ", "")
-    files = [file and file_digest(file) for file in (model.lora, model.refiner_lora)]
-    shaped = digest(*(getattr(args, name) for name in flags.split()), *files)
-    return Path(args.images_dir or Path(args.output_dir) / "images") / f"{slug(model.name)}-{shaped}"
+IMAGE_FLAGS = (  # these change the images
+    *("pretrained_model_name_or_path", "revision", "variant", "lora_scale", "refiner_unet", "denoising_start"),
+    *("resolution", "num_inference_steps", "guidance_scale", "negative_prompt", "dtype"),
+)
 
 
-def image_path(args, model, prompt, seed):
-    return image_folder(args, model) / f"{slug(prompt.id)}-{digest(prompt.id, prompt.prompt)}-{seed}.png"
+def list_jobs(args, models, prompts):
+    """[Job]: models, in each prompts, in each seeds. The path changes with anything that changes the image."""
+    folder = Path(args.images_dir or Path(args.output_dir) / "images")
+    jobs = []
+    for model in models:
+        has_lora = model.lora is not None or model.refiner_lora is not None
+        values = [getattr(args, flag) for flag in IMAGE_FLAGS if has_lora or flag != "lora_scale"]
+        stamp = short_hash(*values, hash_file(model.lora), hash_file(model.refiner_lora))
+        for prompt in prompts:
+            name = f"{slug(prompt.id)}-{short_hash(prompt.id, prompt.prompt)}"
+            for seed in args.seeds:
+                path = folder / f"{slug(model.name)}-{stamp}" / f"{name}-{seed}.png"
+                jobs.append(Job(model, prompt, seed, path))
+    return jobs
 
 
 def noise_seed(prompt, seed):
-    """Seed of a picture's CPU noise: of the prompt's id and the seed alone."""
+    """Seed of an image's CPU noise; it depends on the prompt's id and the seed only."""
     return trainer.torch_seed(trainer.hash_text(prompt.id), seed)
 
 
-def resolve_dtype(name, device):
-    """torch dtype of --dtype: bf16 on a GPU and fp32 on a CPU unless given."""
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return trainer.weight_dtype_of(name)
-
-
-class Painter:
-    """The stock pipelines, with one LoRA at a time."""
+class ImageGenerator:
+    """The stock pipelines, base and optional refiner, with the LoRAs of one model at a time."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.loaded = args, device, None
-        options = {"dtype": resolve_dtype(args.dtype, device), "variant": args.variant}
+        self.args = args
+        self.device = device
+        self.loaded = None
+        precision = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+        self.options = {"dtype": trainer.weight_dtype_of(precision), "variant": args.variant}
+        self.base = self.load_base()
+        self.refiner = self.load_refiner() if args.refiner_unet else None
+
+    def load_base(self):
         load = StableDiffusionXLPipeline.from_pretrained
-        base = trainer.load_part(args, load, None, add_watermarker=False, **options)
-        if options["dtype"] == torch.float16:
+        base = trainer.load_part(self.args, load, None, add_watermarker=False, **self.options)
+        if base.vae.dtype == torch.float16:
             base.vae.to(torch.float32)  # SDXL's own overflows in fp16
-        base.vae.enable_slicing()  # decodes one by one: in fp32 each picture of 1024 px takes 3 GB
-        self.base, self.refiner = base.to(device), None
-        if args.refiner_unet:
-            folder = None if (Path(args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
-            load = UNet2DConditionModel.from_pretrained
-            unet = trainer.load_part(args, load, folder, "--refiner_unet", **options)
-            self.refiner = StableDiffusionXLImg2ImgPipeline(
-                vae=base.vae,
-                text_encoder=None,
-                text_encoder_2=base.text_encoder_2,
-                tokenizer=None,
-                tokenizer_2=base.tokenizer_2,
-                unet=unet.to(device),
-                scheduler=base.scheduler,
-                requires_aesthetics_score=True,
-                force_zeros_for_empty_prompt=False,
-                add_watermarker=False,
-            )
-        for pipeline in filter(None, (self.base, self.refiner)):
-            pipeline.set_progress_bar_config(disable=True)
+        base.vae.enable_slicing()  # decode one by one: in fp32 each image of 1024 px takes 3 GB
+        base.set_progress_bar_config(disable=True)
+        return base.to(self.device)
+
+    def load_refiner(self):
+        """The refiner's UNet with the base's VAE, scheduler and second text encoder."""
+        folder = None if (Path(self.args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
+        load = UNet2DConditionModel.from_pretrained
+        unet = trainer.load_part(self.args, load, folder, "--refiner_unet", **self.options)
+        refiner = StableDiffusionXLImg2ImgPipeline(
+            vae=self.base.vae,
+            text_encoder=None,
+            text_encoder_2=self.base.text_encoder_2,
+            tokenizer=None,
+            tokenizer_2=self.base.tokenizer_2,
+            unet=unet.to(self.device),
+            scheduler=self.base.scheduler,
+            requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+        refiner.set_progress_bar_config(disable=True)
+        return refiner
 
     def use(self, model):
-        """Puts the model's LoRA on the pipelines. Errors: InputError when it does not fit."""
-        if self.loaded == model:
+        """Loads the model's LoRAs. Errors: InputError when one does not fit."""
+        if model == self.loaded:
             return
-        parts = [("--lora", self.base, model.lora), ("--refiner_lora", self.refiner, model.refiner_lora)]
-        parts = [part for part in parts if part[1] is not None]
-        for _, pipeline, _ in parts:  # all before any is loaded: the two share text_encoder_2
-            pipeline.unload_lora_weights()
-        for flag, pipeline, file in parts:
-            if file is None:
-                continue
-            name = "lora" if flag == "--lora" else "refiner"
-            try:
-                pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
-                scaled = pipeline if flag == "--lora" else pipeline.unet
-                scaled.set_adapters([name], [self.args.lora_scale])
-            except Exception as error:  # libraries raise what they like for a LoRA of another base
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
+        # Unload from both before loading into either: they share text_encoder_2.
+        self.base.unload_lora_weights()
+        if self.refiner is not None:
+            self.refiner.unload_lora_weights()
+        if model.lora is not None:
+            self.load_lora("--lora", self.base, self.base, model.lora)
+        if model.refiner_lora is not None:
+            self.load_lora("--refiner_lora", self.refiner, self.refiner.unet, model.refiner_lora)
         self.loaded = model
 
-    def paint(self, prompts, seeds):
+    def load_lora(self, flag, pipeline, scaled, file):
+        """Loads a LoRA into a pipeline; --lora_scale goes to `scaled`, the pipeline or its UNet."""
+        name = flag.removeprefix("--")
+        try:
+            pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
+            scaled.set_adapters([name], [self.args.lora_scale])
+        except Exception as error:  # libraries raise what they like for a LoRA of another base
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
+
+    def generate(self, prompts, seeds):
         """[PIL image] of the prompts, each from its own CPU noise."""
-        args, base = self.args, self.base
-        side = args.resolution // base.vae_scale_factor
-        generators = [torch.Generator().manual_seed(noise_seed(p, s)) for p, s in zip(prompts, seeds)]
-        noise = [torch.randn(base.unet.config.in_channels, side, side, generator=g) for g in generators]
+        args = self.args
         texts = [prompt.prompt for prompt in prompts]
-        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        options |= {
+        side = args.resolution // self.base.vae_scale_factor
+        channels = self.base.unet.config.in_channels
+        generators = [torch.Generator().manual_seed(noise_seed(p, seed)) for p, seed in zip(prompts, seeds)]
+        noise = [torch.randn(channels, side, side, generator=generator) for generator in generators]
+        options = {
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
+            "negative_prompt": None if args.negative_prompt is None else [args.negative_prompt] * len(texts),
             "generator": generators,
-            "negative_prompt": args.negative_prompt and [args.negative_prompt] * len(texts),
+            "output_type": "latent",
         }
-        latents = base(
+        latents = self.base(
             texts,
             height=args.resolution,
             width=args.resolution,
-            latents=torch.stack(noise).to(self.device, base.unet.dtype),
-            output_type="latent",
-            denoising_end=args.denoising_start if self.refiner else None,
+            latents=torch.stack(noise).to(self.device, self.base.unet.dtype),
+            denoising_end=args.denoising_start if self.refiner is not None else None,
             **options,
         ).images
-        if self.refiner:
-            start = args.denoising_start
-            latents = self.refiner(texts, image=latents, denoising_start=start, output_type="latent", **options).images
-        vae = base.vae
-        with torch.no_grad():
-            pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-        return base.image_processor.postprocess(pixels, output_type="pil")
+        if self.refiner is not None:
+            latents = self.refiner(texts, image=latents, denoising_start=args.denoising_start, **options).images
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """[PIL image] of (B, 4, H/8, W/8) latents."""
+        vae = self.base.vae
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+        return self.base.image_processor.postprocess(pixels, output_type="pil")
 
 
-def paint_all(args, state, models, panel):
-    """Makes the pictures that are not there yet, batches shared out over the processes."""
-    jobs = [(prompt, seed) for prompt in panel for seed in args.seeds]
-    batches = [
-        (model, jobs[start : start + args.batch_size])
-        for model in models
-        for start in range(0, len(jobs), args.batch_size)
-    ]
-    mine = [
-        (model, batch)
-        for model, batch in batches[state.process_index :: state.num_processes]
-        if not all(image_path(args, model, *job).exists() for job in batch)
-    ]
-    painter = Painter(args, state.device) if mine else None
-    total = sum(len(batch) for _, batch in mine)
-    with tqdm(total=total, unit="image", disable=not state.is_main_process or not mine, desc="pictures") as bar:
-        for model, batch in mine:
-            painter.use(model)
-            image_folder(args, model).mkdir(parents=True, exist_ok=True)
-            pictures = painter.paint(*zip(*batch))
-            for job, picture in zip(batch, pictures):
-                path = image_path(args, model, *job)
-                if not path.exists():
-                    encoded = io.BytesIO()
-                    picture.save(encoded, "png")
-                    trainer.write_file(path, encoded.getvalue())
+def write_image(path, image):
+    encoded = io.BytesIO()
+    image.save(encoded, "png")
+    trainer.write_file(path, encoded.getvalue())
+
+
+def generate_images(args, state, jobs):
+    """Generates the images that do not exist yet; the processes share the batches."""
+    batches = []
+    for _, group in itertools.groupby(jobs, key=lambda job: job.model):
+        group = list(group)
+        batches += [group[start : start + args.batch_size] for start in range(0, len(group), args.batch_size)]
+    mine = batches[state.process_index :: state.num_processes]
+    missing = [batch for batch in mine if not all(job.path.exists() for job in batch)]
+    generator = ImageGenerator(args, state.device) if missing else None
+    quiet = not state.is_main_process or not missing
+    with tqdm(total=sum(map(len, missing)), unit="image", disable=quiet, desc="images") as bar:
+        for batch in missing:
+            generator.use(batch[0].model)
+            images = generator.generate([job.prompt for job in batch], [job.seed for job in batch])
+            for job, image in zip(batch, images):
+                job.path.parent.mkdir(parents=True, exist_ok=True)
+                if not job.path.exists():
+                    write_image(job.path, image)
             bar.update(len(batch))
     state.wait_for_everyone()
 
 
-# ------------------------------------------------------------------------------
-# 4 Judges: pictures → embeddings → scores
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# 4 Scores: images → embeddings → scores
+# -----------------------------------------------------------------------------
 
 
 class Clip:
     """An open_clip model. Errors: InputError naming `flag` when it does not load."""
 
     def __init__(self, name, device, flag="--clip_model"):
-        architecture, weights = (name, None) if ":" in name else (name.partition("/")[0], name.partition("/")[2])
+        architecture = name
+        weights = None
+        if ":" not in name:
+            architecture, _, weights = name.partition("/")
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights or None)
             self.tokenizer = open_clip.get_tokenizer(architecture)
-        except Exception as error:  # no weights in the cache and no network, an unknown name, a torn file
+        except Exception as error:  # no weights in the cache and no network, an unknown name, a damaged file
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{flag}: cannot load {name}: {reason}; give a local-dir:FOLDER, or go online") from error
-        self.model, self.device = model.eval().to(device), device
+        self.model = model.eval().to(device)
+        self.device = device
 
     @torch.no_grad()
     def embed_images(self, images):
         """(n, D) float32 unit vectors of PIL images."""
-        pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images]).to(self.device)
-        return self.model.encode_image(pixels, normalize=True).float().cpu().numpy()
+        pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
+        return self.model.encode_image(pixels.to(self.device), normalize=True).float().cpu().numpy()
 
     @torch.no_grad()
     def embed_texts(self, texts):
         """(n, D) float32 unit vectors."""
-        return (
-            self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float().cpu().numpy()
-        )
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
+
+
+def load_head_layers(path):
+    """[(weight, bias)] of an aesthetic head, without unpickling code. Errors: InputError."""
+    try:
+        if str(path).startswith("http"):
+            tensors = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
+        elif str(path).endswith(".safetensors"):
+            tensors = safetensors.torch.load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        names = [name for name in tensors if name.endswith("weight")]
+        names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])  # layer 10 after layer 2
+        return [(tensors[name].float(), tensors[name.removesuffix("weight") + "bias"].float()) for name in names]
+    except Exception as error:  # no network, a damaged file, something else than tensors by name
+        reason = " ".join(str(error).split())[:200]
+        message = f"--aesthetic_head: cannot load {path}: {reason}; give a file in LAION's format, or none"
+        raise InputError(message) from error
 
 
 def load_aesthetic_head(path, width):
     """Function (n, width) unit vectors → (n,) scores of about 1 to 10: LAION's linear head or its MLP.
 
     The MLP has no activations between its layers (github.com/christophschuhmann/improved-aesthetic-predictor). Errors:
-    InputError when the file does not load, without unpickling code, or its layers do not fit.
+    InputError when the file does not load or its layers do not fit.
     """
-    flag = "--aesthetic_head"
-    try:
-        if str(path).startswith("http"):
-            state = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
-        elif str(path).endswith(".safetensors"):
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        names = sorted(
-            (k for k in state if k.endswith("weight")), key=lambda k: [int(n) for n in re.findall(r"\d+", k)]
-        )
-        layers = [(state[k].float(), state[k.removesuffix("weight") + "bias"].float()) for k in names]
-    except Exception as error:  # no network, a torn file, something else than tensors by name
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{flag}: cannot load {path}: {reason}; give a file in LAION's format, or none") from error
+    layers = load_head_layers(path)
     widths = [width, *(len(bias) for _, bias in layers)]
-    shapes = [(after, before) for before, after in zip(widths, widths[1:])]
-    if not layers or widths[-1] != 1 or [tuple(w.shape) for w, _ in layers] != shapes:
-        found = " → ".join(f"{w.shape[1]}×{w.shape[0]}" for w, _ in layers) or "no layers"
-        raise InputError(f"{flag}: {path} has {found}; expected a head from {width} numbers to 1")
+    fitting = [(after, before) for before, after in zip(widths, widths[1:])]
+    if not layers or widths[-1] != 1 or [tuple(weight.shape) for weight, _ in layers] != fitting:
+        found = " → ".join(f"{weight.shape[1]}×{weight.shape[0]}" for weight, _ in layers) or "no layers"
+        raise InputError(f"--aesthetic_head: {path} has {found}; expected a head from {width} numbers to 1")
 
     def head(embeddings):
         values = torch.from_numpy(embeddings).float()
@@ -500,77 +553,84 @@ def load_aesthetic_head(path, width):
     return head
 
 
-def embed_files(state, clip_name, flag, paths, cache_dir=None):
-    """(n, D) embeddings of picture files, kept beside them; the processes share the work and all get all."""
-    stamp = digest(clip_name)
-    missing = [path for path in paths if not path.with_suffix(f".{stamp}.npy").exists()]
+def embed_files(state, clip_name, flag, paths):
+    """(n, D) embeddings of image files, saved beside them; the processes share the work and all get the result."""
+    saved = [path.with_suffix(f".{short_hash(clip_name)}.npy") for path in paths]
+    missing = [(path, file) for path, file in zip(paths, saved) if not file.exists()]
     mine = missing[state.process_index :: state.num_processes]
     clip = Clip(clip_name, state.device, flag) if mine else None
     quiet = not state.is_main_process or not mine
     for start in tqdm(range(0, len(mine), EMBEDDING_BATCH), desc=clip_name[:30], unit="batch", disable=quiet):
-        chunk = mine[start : start + EMBEDDING_BATCH]
-        for path, embedding in zip(chunk, clip.embed_images([Image.open(path) for path in chunk])):
+        batch = mine[start : start + EMBEDDING_BATCH]
+        embeddings = clip.embed_images([Image.open(path) for path, _ in batch])
+        for (_, file), embedding in zip(batch, embeddings):
             encoded = io.BytesIO()
             np.save(encoded, embedding)
-            trainer.write_file(path.with_suffix(f".{stamp}.npy"), encoded.getvalue())
+            trainer.write_file(file, encoded.getvalue())
     state.wait_for_everyone()
-    return np.stack([np.load(path.with_suffix(f".{stamp}.npy")) for path in paths])
+    return np.stack([np.load(file) for file in saved])
 
 
-def score_images(images, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
-    """{"adherence", "aesthetic", "score"}: (n,) each of PIL images or of their (n, D) embeddings by `clip`.
+# Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
+def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
+    """{"adherence", "aesthetic", "score"}: (n,) each, of images by their (n, D) embeddings by `clip`.
 
-    Adherence is the cosine similarity of picture and `prompts[i].clip_prompt`. `aesthetic` holds (n,) scores of the
-    head, or is None: then the score is the adherence alone.
+    Adherence is the cosine similarity of image and `prompts[i].clip_prompt`. `aesthetic` holds the (n,) scores of the
+    aesthetic head; if it is None, the score is the adherence.
     """
-    embeddings = images if isinstance(images, np.ndarray) else clip.embed_images(images)
     texts = list(dict.fromkeys(prompt.clip_prompt for prompt in prompts))
     of_text = dict(zip(texts, clip.embed_texts(texts)))
     adherence = np.sum(embeddings * np.stack([of_text[prompt.clip_prompt] for prompt in prompts]), axis=1)
     if aesthetic is None:
         return {"adherence": adherence, "score": adherence}
-    score = weights[0] * adherence + weights[1] * np.asarray(aesthetic) / 10
-    return {"adherence": adherence, "aesthetic": np.asarray(aesthetic), "score": score}
+    score = weights[0] * adherence + weights[1] * aesthetic / 10
+    return {"adherence": adherence, "aesthetic": aesthetic, "score": score}
 
 
 def name_species(embeddings, species, clip, template="{}"):
-    """(n,) index into `species` of the one that CLIP names, zero-shot."""
+    """(n,) index into `species` of the name that CLIP finds most similar (zero-shot)."""
     return (embeddings @ clip.embed_texts([template.format(name) for name in species]).T).argmax(axis=1)
 
 
 def diversity_of(embeddings):
-    """Mean cosine distance of all pairs among (n, D) pictures of one prompt; NaN for fewer than two."""
-    n = len(embeddings)
-    similarity = (embeddings @ embeddings.T)[np.triu_indices(n, 1)]
-    return float(1 - similarity.mean()) if n > 1 else math.nan
+    """Mean cosine distance of all pairs among (n, D) images of one prompt; NaN for fewer than two."""
+    if len(embeddings) < 2:
+        return math.nan
+    pairs = np.triu_indices(len(embeddings), 1)
+    return float(1 - (embeddings @ embeddings.T)[pairs].mean())
+
+
+# ---- copies of training images
 
 
 def make_thumbnails(image):
     """(3, F) float32 unit vectors, F = 3 · THUMBNAIL²: start, middle and end of the long side, less their means.
 
-    Their product is a correlation. CLIP cannot tell a copy from another picture of the same things; this can, unless
-    the copy is framed anew.
+    Their product is a correlation. CLIP cannot tell a copy from another image of the same things; this can, unless
+    the copy is cropped differently.
     """
-    side, pixels = min(image.size), []
+    side = min(image.size)
+    image = image.convert("RGB")
+    pixels = []
     for share in (0, 0.5, 1):
         left, top = (round(share * (length - side)) for length in image.size)
         window = (left, top, left + side, top + side)
-        small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, window)
+        small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, window)
         pixels.append(np.asarray(small, dtype=np.float32))
-    pixels = np.stack(pixels)
+    pixels = np.stack(pixels)  # (3, THUMBNAIL, THUMBNAIL, 3)
     pixels = (pixels - pixels.mean(axis=(1, 2), keepdims=True)).reshape(3, -1)
     return pixels / np.maximum(np.linalg.norm(pixels, axis=1, keepdims=True), 1e-6)
 
 
 def mirror_thumbnails(thumbnails):
-    """The (…, F) thumbnails of the mirrored pictures."""
+    """The (…, F) thumbnails of the mirrored images."""
     shape = (*thumbnails.shape[:-1], THUMBNAIL, THUMBNAIL, 3)
     return thumbnails.reshape(shape)[..., ::-1, :].reshape(thumbnails.shape)
 
 
 @dataclass
 class Reference:
-    """Images of shards: "SHARD KEY" each, (shard, offset, size), and what they are compared by."""
+    """Images of shards: name "SHARD KEY", place (shard, offset, size), and what images are compared by."""
 
     names: list
     places: list
@@ -578,36 +638,49 @@ class Reference:
     thumbnails: np.ndarray  # (n, 3, F) float16
 
 
+def embed_samples(samples, clip, quiet):
+    """[(name, place, embedding, thumbnails)] of the usable images among [(shard, index row)]."""
+    found = []
+    for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
+        rows = []
+        images = []
+        for shard, row in samples[start : start + EMBEDDING_BATCH]:
+            try:
+                images.append(trainer.open_image(shard.read(row["offset"], row["size"]))[0])
+                rows.append(row)
+            except ValueError:  # damaged: the trainer does not train on it either
+                continue
+        embeddings = clip.embed_images(images) if images else []
+        for row, image, embedding in zip(rows, images, embeddings):
+            name = f"{Path(row['path']).name} {row['key']}"
+            place = (row["path"], row["offset"], row["size"])
+            found.append((name, place, embedding, make_thumbnails(image).astype(np.float16)))
+    return found
+
+
+def write_reference(path, found):
+    names, places, embeddings, thumbnails = zip(*found)
+    arrays = {"embeddings": np.stack(embeddings), "thumbnails": np.stack(thumbnails)}
+    encoded = io.BytesIO()
+    np.savez(encoded, names=np.array(names), places=json.dumps(places), **arrays)
+    trainer.write_file(path, encoded.getvalue())
+
+
 def embed_shards(state, args, shards):
-    """Reference of every usable image in `shards`, kept in output_dir; the processes share the work."""
-    paths = trainer.expand_shards(shards)
-    opened = [trainer.Shard(path, args.cache_dir or args.output_dir) for path in paths]
-    parts = (args.clip_model, THUMBNAIL, [(s.path, s.stamp) for s in opened])
-    cached = Path(args.output_dir) / f"shards-{digest(*parts)}.npz"
-    if not cached.exists():
-        rows = [(shard, row) for shard in opened for row in trainer.index_shard(shard, "species_list")[0]]
-        mine, found = rows[state.process_index :: state.num_processes], []
-        clip = Clip(args.clip_model, state.device)
-        quiet = not state.is_main_process
-        for start in tqdm(range(0, len(mine), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
-            images, kept = [], []
-            for shard, row in mine[start : start + EMBEDDING_BATCH]:
-                try:
-                    images.append(trainer.open_image(shard.read(row["offset"], row["size"]))[0])
-                    kept.append((f"{Path(row['path']).name} {row['key']}", (row["path"], row["offset"], row["size"])))
-                except ValueError:  # damaged: the trainer does not train on it either
-                    continue
-            thumbnails = [make_thumbnails(image).astype(np.float16) for image in images]
-            found += zip(*zip(*kept), clip.embed_images(images), thumbnails) if images else []
+    """Reference of all usable images in `shards`, cached in --output_dir; the processes share the work."""
+    opened = [trainer.Shard(path, args.cache_dir or args.output_dir) for path in trainer.expand_shards(shards)]
+    stamps = [(shard.path, shard.stamp) for shard in opened]
+    cached = Path(args.output_dir) / f"shards-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
+    # One answer for all processes: a network disk may show them the file at different times.
+    if not broadcast_object_list([cached.exists()])[0]:
+        samples = [(shard, row) for shard in opened for row in trainer.index_shard(shard, "species_list")[0]]
+        mine = samples[state.process_index :: state.num_processes]
+        found = embed_samples(mine, Clip(args.clip_model, state.device), quiet=not state.is_main_process)
         found = sorted(gather_object(found), key=lambda item: item[1])
         if not found:
             raise InputError(f"--train_shards: no usable image in {' '.join(shards)}")
         if state.is_main_process:
-            names, places, embeddings, thumbnails = zip(*found)
-            arrays = {"embeddings": np.stack(embeddings), "thumbnails": np.stack(thumbnails)}
-            encoded = io.BytesIO()
-            np.savez(encoded, names=np.array(names), places=json.dumps(places), **arrays)
-            trainer.write_file(cached, encoded.getvalue())
+            write_reference(cached, found)
         state.wait_for_everyone()
     with np.load(cached) as data:
         places = json.loads(str(data["places"]))
@@ -617,40 +690,123 @@ def embed_shards(state, args, shards):
 def find_nearest(vectors, reference, itself=False):
     """(similarity (n,), index (n,)) of the nearest of `reference` (m, views, F) to each of `vectors` (n, views', F).
 
-    The similarity of two images is that of their most similar views; with `itself`, the two are the same images and
-    none is its own nearest.
+    The similarity of two images is that of their most similar views. With `itself`, both are the same images, and no
+    image is compared with itself.
     """
-    views, best = np.float32(reference).reshape(-1, reference.shape[-1]), []
+    views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
+    similarities = []
+    indices = []
     for start in range(0, len(vectors), EMBEDDING_BATCH):
-        chunk = np.float32(vectors[start : start + EMBEDDING_BATCH])
+        chunk = vectors[start : start + EMBEDDING_BATCH].astype(np.float32)
         similarity = (chunk @ views.T).reshape(len(chunk), chunk.shape[1], len(reference), -1).max(axis=(1, 3))
         if itself:
             similarity[np.arange(len(chunk)), np.arange(start, start + len(chunk))] = -1
-        best.append((similarity.max(axis=1), similarity.argmax(axis=1)))
-    return tuple(map(np.concatenate, zip(*best)))
+        similarities.append(similarity.max(axis=1))
+        indices.append(similarity.argmax(axis=1))
+    return np.concatenate(similarities), np.concatenate(indices)
 
 
 def compare_with_training(embeddings, thumbnails, reference, itself=False):
-    """{"nearest_similarity", "copy_similarity", "nearest"}: (n,) each, of (n, D) and (n, F) of square pictures.
+    """{"nearest_similarity", "copy_similarity", "nearest"}: (n,) each, of (n, D) and (n, F) of square images.
 
     By CLIP and by correlation of thumbnails, also mirrored; "nearest" is the index by the latter.
     """
     similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
     both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)
-    correlation, which = find_nearest(both, reference.thumbnails, itself)
-    return {"nearest_similarity": similar, "copy_similarity": correlation, "nearest": which}
+    correlation, nearest = find_nearest(both, reference.thumbnails, itself)
+    return {"nearest_similarity": similar, "copy_similarity": correlation, "nearest": nearest}
 
 
-# ------------------------------------------------------------------------------
+def describe_held_out(held_out, reference):
+    """How similar held-out images are to training images; one more similar than "copy_limit" counts as a copy."""
+    middles = held_out.thumbnails[:, 1]
+    found = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
+    return {
+        "nearest_similarity": float(found["nearest_similarity"].mean()),
+        "copy_similarity": float(found["copy_similarity"].mean()),
+        "images": len(middles),
+        "copy_limit": float(np.quantile(found["copy_similarity"], COPY_QUANTILE)),
+    }
+
+
+@dataclass
+class Scores:
+    """What is known of the images of all jobs."""
+
+    rows: list  # what per_image.csv holds
+    embeddings: np.ndarray  # (models, prompts, seeds, D)
+    reference: Reference | None  # training images
+    held_out: dict  # from describe_held_out; empty without training images
+
+
+def list_species(prompts):
+    return sorted({prompt.species for prompt in prompts if prompt.species})
+
+
+def add_species(rows, named):
+    """Adds the species that CLIP names, and whether that is right, where the prompt has a species."""
+    for row, name in zip(rows, named):
+        row["named"] = name if row["species"] else None
+        row["right"] = name == row["species"] if row["species"] else None
+
+
+def add_copies(rows, found, reference, limit):
+    """Adds the similarity to training images, from compare_with_training."""
+    is_copy = found["copy_similarity"] > limit
+    for index, row in enumerate(rows):
+        row["nearest_similarity"] = float(found["nearest_similarity"][index])
+        row["copy_similarity"] = float(found["copy_similarity"][index])
+        row["nearest"] = reference.names[found["nearest"][index]]
+        row["copy"] = bool(is_copy[index])
+
+
+def score_all(args, state, models, prompts, jobs):
+    """Scores of the images of all jobs, on the main process; None on the others."""
+    paths = [job.path for job in jobs]
+    embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
+    aesthetic = None
+    if args.aesthetic_head != "none":
+        features = embed_files(state, args.aesthetic_clip_model, "--aesthetic_clip_model", paths)
+        aesthetic = load_aesthetic_head(args.aesthetic_head, features.shape[1])(features)
+    reference = embed_shards(state, args, args.train_shards) if args.train_shards else None
+    others = embed_shards(state, args, args.val_shards) if args.val_shards else reference
+    if not state.is_main_process:
+        return None
+
+    clip = Clip(args.clip_model, state.device)
+    scores = score_images(embeddings, [job.prompt for job in jobs], clip, aesthetic, args.score_weights)
+    rows = []
+    for index, job in enumerate(jobs):
+        prompt = job.prompt
+        row = {"model": job.model.name, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": job.seed}
+        row |= {"species": prompt.species, "tags": ", ".join(prompt.tags)}
+        rows.append(row | {name: float(values[index]) for name, values in scores.items()})
+    species = list_species(prompts)
+    if len(species) > 1:
+        add_species(rows, [species[i] for i in name_species(embeddings, species, clip, args.species_prompt)])
+    held_out = {}
+    if reference is not None:
+        held_out = describe_held_out(others, reference)
+        thumbnails = np.stack([make_thumbnails(Image.open(path))[1] for path in paths])
+        found = compare_with_training(embeddings, thumbnails, reference)
+        add_copies(rows, found, reference, held_out["copy_limit"])
+    for job, row in zip(jobs, rows):
+        row["file"] = os.path.relpath(job.path, args.output_dir)
+    shape = (len(models), len(prompts), len(args.seeds), -1)
+    return Scores(rows, embeddings.reshape(shape), reference, held_out)
+
+
+# -----------------------------------------------------------------------------
 # 5 Statistics
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def bootstrap(values, groups):
-    """{"mean", "low", "high", "count"}: 95 % interval of the mean, whole groups (prompts) drawn with replacement."""
-    values, groups = np.asarray(values, dtype=np.float64), np.asarray(groups)
-    names, codes = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(codes, weights=values), np.bincount(codes)
+    """{"mean", "low", "high", "count"}: 95 % interval of the mean; whole groups (prompts) are resampled."""
+    values = np.asarray(values, dtype=np.float64)
+    names, codes = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(codes, weights=values)
+    counts = np.bincount(codes)
     picks = np.random.default_rng(0).integers(len(names), size=(BOOTSTRAP_SAMPLES, len(names)))
     means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -666,277 +822,329 @@ METRICS = {
     "copy_similarity": "correlation with the nearest training image",
     "copy": "copies",
 }
-GROUP_METRICS = ("right", "adherence")  # shown of every tag and species
 
 
 def summarise(models, rows):
     """{model: {metric: bootstrap, "vs_base": {metric: bootstrap of the paired difference}}} of per-image rows."""
-    base, summary = {(r["prompt_id"], r["seed"]): r for r in rows if r["model"] == models[0].name}, {}
+    of_base = {(row["prompt_id"], row["seed"]): row for row in rows if row["model"] == models[0].name}
+    summary = {}
     for model in models:
-        entry = {"vs_base": {}} | ({"step": model.step} if model.step is not None else {})
+        entry = {"vs_base": {}}
+        if model.step is not None:
+            entry["step"] = model.step
         for metric in METRICS:
             own = [row for row in rows if row["model"] == model.name and row.get(metric) is not None]
             if not own:
                 continue
-            groups, values = [row["prompt_id"] for row in own], [float(row[metric]) for row in own]
+            groups = [row["prompt_id"] for row in own]
+            values = [float(row[metric]) for row in own]
             entry[metric] = bootstrap(values, groups)
             if model is not models[0]:
-                paired = [float(base[row["prompt_id"], row["seed"]][metric]) for row in own]
+                paired = [float(of_base[row["prompt_id"], row["seed"]][metric]) for row in own]
                 entry["vs_base"][metric] = bootstrap(np.subtract(values, paired), groups)
         summary[model.name] = entry
     return summary
 
 
-def add_diversity(summary, models, panel, embeddings):
-    """Adds "diversity" to the summary: over the prompts, the mean distance between its seeds' pictures."""
-    values = {m.name: [diversity_of(e) for e in embeddings[m.name]] for m in models}
-    ids = [prompt.id for prompt in panel]
-    if any(math.isnan(value) for value in values[models[0].name]):
+def add_diversity(summary, prompts, embeddings):
+    """Adds "diversity" to the summary of all models: the mean distance between the images of a prompt."""
+    ids = [prompt.id for prompt in prompts]
+    values = [[diversity_of(images) for images in of_model] for of_model in embeddings]
+    if any(map(math.isnan, values[0])):  # there is one seed only
         return
-    for model in models:
-        summary[model.name]["diversity"] = bootstrap(values[model.name], ids)
-        if model is not models[0]:
-            change = np.subtract(values[model.name], values[models[0].name])
-            summary[model.name]["vs_base"]["diversity"] = bootstrap(change, ids)
+    for entry, own in zip(summary.values(), values):
+        entry["diversity"] = bootstrap(own, ids)
+        if own is not values[0]:
+            entry["vs_base"]["diversity"] = bootstrap(np.subtract(own, values[0]), ids)
 
 
-# ------------------------------------------------------------------------------
+def versions():
+    packages = ["torch", "diffusers", "transformers", "peft", "open_clip_torch"]
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def make_metrics(args, models, prompts, scores):
+    """What metrics.json holds."""
+    summary = summarise(models, scores.rows)
+    add_diversity(summary, prompts, scores.embeddings)
+    for entry in summary.values():
+        if "copy" in entry:
+            entry["flagged"] = entry["copy"]["low"] > COPY_SHARE
+    by_tag = {}
+    for tag in dict.fromkeys(tag for prompt in prompts for tag in prompt.tags):
+        by_tag[tag] = summarise(models, [row for row in scores.rows if tag in row["tags"].split(", ")])
+    by_species = {}
+    for species in list_species(prompts):
+        by_species[species] = summarise(models, [row for row in scores.rows if row["species"] == species])
+    return {
+        "models": summary,
+        "by_tag": by_tag,
+        "by_species": by_species,
+        "held_out": scores.held_out,
+        "settings": {name: value for name, value in vars(args).items() if name != "config"},
+        "versions": versions(),
+    }
+
+
+# -----------------------------------------------------------------------------
 # 6 Report
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+
+# ---- what all reports share; hpo_sweep.py uses it too
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#086, #4d9); --bad: light-dark(#b30, #f85) }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
+h1, h2 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.3rem; margin: 2.5rem 0 .8rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem } .best h3 { margin: 0 }
+pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) }
+small, .unsure { opacity: .75 } summary { cursor: pointer } meter { width: 8rem }
+.sure { color: var(--accent); font-weight: 600 } .flag { color: var(--bad); display: block }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
+td small { white-space: nowrap } .means small { display: block } th:first-child { min-width: 7rem }
+.plots, .best, .row, .pairs { display: grid; gap: 1rem 2rem }
+.plots, .best, .pairs { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+.row { gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); margin-bottom: .6rem }
+.pairs .row { grid-template-columns: 1fr 1fr }
+figure { margin: 0 } figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere }
+img { max-width: 100%; border-radius: 4px }
+.row a:first-child { display: block; aspect-ratio: 1 }
+.row img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover }
+.plot { display: block; width: 100%; max-width: 36rem; fill: currentColor; stroke-linejoin: round }
+.plot text { font-family: inherit !important }
+/* <figure id=x><a href=#x><img></a><a class=close href=#_></a>…: while the address ends in #x, the image is large. */
+figure[id] { scroll-margin-top: 40vh } .close { display: none }
+:target > .close { display: block; position: fixed; inset: 0; background: #000d; z-index: 1; cursor: zoom-out }
+:target > a > img { position: fixed; inset: 0; margin: auto; z-index: 2; pointer-events: none; max-width: none }
+:target > a > img { width: 94vw; height: 94vh; height: 94dvh; aspect-ratio: auto; object-fit: contain }
+"""
+
+LAYOUT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+<body>
+{% include "body" %}
+"""
+
+# These follow the reader's light or dark mode: black, white and matplotlib's first colour.
+SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(--accent)"}
+
+
+def render_page(body, title, **values):
+    """An HTML page that needs no other file; `body` is Jinja2 source that may use `title` and `values`.
+
+    Values are escaped unless they are Markup. Errors: jinja2.UndefinedError for a name without a value.
+    """
+    loader = jinja2.DictLoader({"layout": LAYOUT, "body": body})
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    layout = jinja2.Environment(loader=loader, **options).get_template("layout")
+    return layout.render(title=title, style=Markup(STYLE), **values)
+
+
+def figure_svg(figure, label):
+    """Markup of a matplotlib Figure as inline SVG that is as wide as its place; screen readers read the label."""
+    encoded = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that equal figures are equal text
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(encoded, format="svg", transparent=True, metadata=metadata)
+    source = encoded.getvalue()
+    view_box = re.search(r'viewBox="([^"]+)"', source)[1]
+    content = source.partition("</defs>")[2].rpartition("</svg>")[0]  # without a style for the whole page
+    prefix = f"svg-{short_hash(label, source)}-"  # ids must differ between the figures of a page
+
+    def adapt(tag):
+        text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", tag[0])
+        return re.sub("#[0-9a-f]{6}", lambda colour: SVG_COLOURS.get(colour[0], colour[0]), text)
+
+    root = Markup('<svg class="plot" role="img" aria-label="{}" viewBox="{}">').format(label, view_box)
+    return root + Markup(re.sub("<[^>]*>", adapt, content)) + Markup("</svg>")
 
 
 def data_uri(image, side=None):
-    """The picture as text for a page, at most `side` px wide and high; small ones are not enlarged."""
+    """The image as text for a page, at most `side` px wide and high; a smaller one is not enlarged."""
     image = image.convert("RGB")
     if side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    image.save(encoded, **({"format": "PNG"} if max(image.size) <= 128 else {"format": "WEBP", "quality": 88}))
     kind = "png" if max(image.size) <= 128 else "webp"
+    encoded = io.BytesIO()
+    image.save(encoded, kind, quality=88)
     return f"data:image/{kind};base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
+REPORT = """
+{% macro image(id, row, caption="") %}
+<figure id="{{ id }}">
+<a href="#{{ id }}"><img src="{{ uris[row.file] }}" alt="{{ row.model }}: {{ row.prompt }}, seed {{ row.seed }}"></a>
+<a class="close" href="#_" aria-label="Close"></a>
+<figcaption><b>{{ row.model }}</b>{{ caption }}<br>adherence {{ "%.3f" % row.adherence }}
+{%- if row.get("aesthetic") is not none %}, aesthetic {{ "%.2f" % row.aesthetic }}{% endif %}
+{%- if row.get("named") and not row.right %}, named {{ row.named }}{% endif %}</figcaption>
+</figure>
+{% endmacro %}
+{% macro images(name, rows, with_prompt=False) %}
+<div class="row">
+{% for row in rows %}{{ image(name ~ loop.index, row, " " ~ row.prompt if with_prompt else "") }}{% endfor %}
+</div>
+{% endmacro %}
+<h1>{{ title }}</h1>
+<p>Means with 95 % intervals over prompts. Below them: the paired difference from the base model with the same noise,
+in colour if its interval excludes 0. Click an image to enlarge it.</p>
+<div class="scroll means"><table>
+<tr><th>model</th>{% for label in labels.values() %}<th>{{ label }}</th>{% endfor %}</tr>
+{% for name, entry in metrics.models.items() %}
+<tr><th>{{ name }}{% if entry.get("flagged") %} <strong class="flag">copies training images</strong>{% endif %}</th>
+{% for metric in labels %}{% set change = entry.vs_base.get(metric) %}
+<td>{{ interval(entry[metric], metric) if metric in entry else "–" }}
+{% if change %}<span class="{{ "sure" if change.low > 0 or change.high < 0 else "unsure" }}">
+{{ interval(change, metric, signed=True) }}</span>{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% if plots %}<h2>Checkpoints</h2>{% endif %}
+<div class="plots">
+{% for label, svg in plots.items() %}<figure><figcaption>{{ label }}</figcaption>{{ svg }}</figure>{% endfor %}
+</div>
+<h2>Images</h2>
+{% for prompt in prompts %}
+{% set own = rows | selectattr("prompt_id", "equalto", prompt.id) | sort(attribute="seed") %}
+{% set first_seeds = [1, 8 // models | length] | max %}
+{% set count = first_seeds * models | length %}
+<h3>{{ prompt.prompt }}</h3>
+{{ images("image-%d-" % loop.index, own[:count]) }}
+{% if own | length > count %}
+<details><summary>other seeds</summary>{{ images("more-%d-" % loop.index, own[count:]) }}</details>
+{% endif %}
+{% endfor %}
+{% for kind, groups in (("tag", metrics.by_tag), ("species", metrics.by_species)) if groups %}
+<h2>By {{ kind }}</h2>
+<p>Species named right, and CLIP adherence.</p>
+<div class="scroll"><table>
+<tr><th></th>{% for name in metrics.models %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for group, entries in groups.items() %}
+<tr><th>{{ group }}</th>{% for entry in entries.values() %}<td>
+{% for metric in ("right", "adherence") if metric in entry %}{{ interval(entry[metric], metric) }}<br>{% endfor %}
+</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+{% for name, rows in (("Best", best), ("Worst", worst)) %}
+<h2>{{ name }} scores</h2>
+{{ images(name ~ "-", rows, with_prompt=True) }}
+{% endfor %}
+{% if copies %}
+<h2>Most similar to a training image</h2>
+<p>Similarity is the correlation of thumbnails of {{ thumbnail }} × {{ thumbnail }} px, also mirrored.
+{{ held_out.images }} held-out images reach {{ "%.3f" % held_out.copy_similarity }} with their nearest training image
+on average, {{ quantile }} % of them less than {{ "%.3f" % held_out.copy_limit }}: an image above counts as a copy.
+Their CLIP similarity is {{ "%.3f" % held_out.nearest_similarity }}.</p>
+<div class="pairs">
+{% for row, training in copies %}<div class="row">
+{{ image("copy-%d" % loop.index, row, ", correlation %.3f" % row.copy_similarity) }}
+<figure><img src="{{ training }}" alt=""><figcaption>training image {{ row.nearest[:60] }}</figcaption></figure>
+</div>{% endfor %}
+</div>
+{% endif %}
+<h2>How this was made</h2>
+<pre>{{ command }}</pre>
+<p><small>{% for name, version in metrics.versions.items() %}{{ name }} {{ version }} {% endfor %}</small></p>
+"""
+
+
 def format_interval(interval, metric, signed=False):
-    share = metric in ("right", "copy")
-    mean, low, high = ((100 if share else 1) * interval[key] for key in ("mean", "low", "high"))
-    digits, sign = (1 if share else 3), ("+" if signed else "")
-    unit = " %" if share else ""
-    return f"{mean:{sign}.{digits}f}{unit} <small>{low:{sign}.{digits}f} to {high:{sign}.{digits}f}</small>"
+    """Markup of a mean and its interval; shares are in percent."""
+    scale, unit, digits = (100, " %", 1) if metric in ("right", "copy") else (1, "", 3)
+    form = f"{'+' if signed else ''}.{digits}f"
+    mean, low, high = (format(scale * interval[key], form) for key in ("mean", "low", "high"))
+    return Markup("{}{} <small>{} to {}</small>").format(mean, unit, low, high)
 
 
-def summary_table(summary, metrics):
-    """Models down, metrics across; under each the paired difference from the base model, bold when it excludes 0."""
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in metrics.values())
-    rows = []
-    for name, entry in summary.items():
-        cells = []
-        for metric in metrics:
-            cell = format_interval(entry[metric], metric) if metric in entry else "–"
-            change = entry["vs_base"].get(metric)
-            if change:
-                sure = change["low"] > 0 or change["high"] < 0
-                text = format_interval(change, metric, signed=True)
-                cell += f"<br><span class='{'sure' if sure else 'unsure'}'>{text}</span>"
-            cells.append(f"<td>{cell}</td>")
-        flag = " <strong class=flag>copies training images</strong>" if entry.get("flagged") else ""
-        rows.append(f"<tr><th>{html.escape(name)}{flag}</th>{''.join(cells)}</tr>")
-    return f"<div class=scroll><table><tr><th>model</th>{head}</tr>{''.join(rows)}</table></div>"
-
-
-def group_table(title, models, groups):
-    """Groups of prompts down, models across: share named right, and adherence."""
-    if not groups:
-        return ""
-    head, lines = "".join(f"<th>{html.escape(model.name)}</th>" for model in models), []
-    for group, entries in groups.items():
-        shown = [
-            [format_interval(entries[m.name][k], k) for k in GROUP_METRICS if k in entries[m.name]] for m in models
-        ]
-        cells = "".join(f"<td>{'<br>'.join(values)}</td>" for values in shown)
-        lines.append(f"<tr><th>{html.escape(group)}</th>{cells}</tr>")
-    table = f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
-    return f"<h2>{title}</h2><p>Species named right, and CLIP adherence.</p><div class=scroll>{table}</div>"
-
-
-def figure(row, gallery, caption=""):
-    """A small picture that opens large; the large one is in the page once."""
-    text = f"adherence {row['adherence']:.3f}"
-    text += f", aesthetic {row['aesthetic']:.2f}" if row.get("aesthetic") is not None else ""
-    text += f", named {row['named']}" if row.get("named") and not row["right"] else ""
-    number = gallery.setdefault(row["file"], len(gallery))
-    label = html.escape(f"{row['model']}: {row['prompt']}, seed {row['seed']}")
-    return (
-        f"<figure><a href='#p{number}' aria-label='{label}'><span class='t t{number}'></span></a>"
-        f"<figcaption>{caption}{html.escape(text)}</figcaption></figure>"
-    )
-
-
-def picture_grid(models, panel, rows, seeds, gallery):
-    """Prompts down, models across: as many seeds as fit a row of 8 at once, the others behind a summary."""
-    by_place = {(row["model"], row["prompt_id"], row["seed"]): row for row in rows}
-    sections, at_once = [], max(1, 8 // len(models))
-    for prompt in panel:
-        blocks = []
-        for seed in seeds:
-            shown = (
-                figure(by_place[m.name, prompt.id, seed], gallery, f"<b>{html.escape(m.name)}</b> ") for m in models
-            )
-            blocks.append("".join(shown))
-        first, rest = (f"<div class=row>{''.join(part)}</div>" for part in (blocks[:at_once], blocks[at_once:]))
-        more = f"<details><summary>{len(blocks) - at_once} more seeds</summary>{rest}</details>"
-        sections.append(f"<h3>{html.escape(prompt.prompt)}</h3>{first}{more if len(blocks) > at_once else ''}")
-    return "".join(sections)
-
-
-def curve(models, summary, metric, width=640, height=220):
-    """SVG of a metric over the checkpoints' steps with its intervals; the base model is the dashed line."""
-    points = [(m.step, summary[m.name][metric]) for m in models if m.step is not None and metric in summary[m.name]]
-    base = summary[models[0].name][metric]["mean"]
-    values = [v for _, e in points for v in (e["low"], e["high"])] + [base]
-    low, high = min(values), max(values)
-    span, last = (high - low) or 1, max(step for step, _ in points)
-
-    def at(step, value):
-        return 50 + (width - 70) * step / last, height - 30 - (height - 50) * (value - low) / span
-
-    line = " ".join("{:.1f},{:.1f}".format(*at(step, e["mean"])) for step, e in points)
-    marks = ""
-    for step, e in points:
-        (x, top), (_, bottom), (_, y) = at(step, e["high"]), at(step, e["low"]), at(step, e["mean"])
-        marks += f"<path d='M{x:.1f} {top:.1f}V{bottom:.1f}'/><circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>"
-        marks += f"<text x='{x:.1f}' y='{height - 8}' text-anchor='middle'>{step}</text>"
-    _, dashed = at(0, base)
-    return (
-        f"<svg viewBox='0 0 {width} {height}' role=img aria-label='{METRICS[metric]} over steps'>"
-        f"<path class=base d='M50 {dashed:.1f}H{width - 20}'/><polyline points='{line}'/>{marks}"
-        f"<text x='46' y='24' text-anchor='end'>{high:.3f}</text>"
-        f"<text x='46' y='{height - 30}' text-anchor='end'>{low:.3f}</text></svg>"
-    )
+def plot_over_steps(models, summary, metric):
+    """Figure of a metric over the checkpoints' steps: mean, 95 % interval, and the base model as a dashed line."""
+    steps = [model.step for model in models if model.step is not None]
+    entries = [summary[model.name][metric] for model in models if model.step is not None]
+    mean, low, high = ([entry[key] for entry in entries] for key in ("mean", "low", "high"))
+    figure = Figure(figsize=(5, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
+    axes.vlines(steps, low, high, linewidth=1)
+    axes.plot(steps, mean, marker="o", label="mean, 95 % interval")
+    axes.axhline(summary[models[0].name][metric]["mean"], color="tab:gray", linestyle="--", label="base model")
+    if metric == "right":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    return figure
 
 
 def first_of_each(rows, group_of, count):
-    """The first row of each group, `count` at most: a page of the same picture says no more than one."""
+    """The first row of each group, at most `count`: repeating an image tells nothing new."""
     groups = {}
     for row in rows:
         groups.setdefault(group_of(row), row)
     return list(groups.values())[:count]
 
 
-def copies_section(rows, reference, held_out, args, gallery, count=8):
-    """The outputs most like a training image, beside it."""
-    parts = []
+def find_copies(args, rows, reference, count=8):
+    """[(row, data URI of the training image)] of the images most similar to one."""
     ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
+    copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
         path, offset, size = reference.places[reference.names.index(row["nearest"])]
         shard = trainer.Shard(path, args.cache_dir or args.output_dir)
-        image = trainer.open_image(shard.read(offset, size))[0]
-        caption = f"{html.escape(row['model'])}, correlation {row['copy_similarity']:.3f}"
-        training = f"<figure><img src='{data_uri(image, 320)}' alt='training image'>"
-        training += f"<figcaption>training image {html.escape(row['nearest'][:60])}</figcaption></figure>"
-        parts.append(f"<div class=row>{figure(row, gallery, caption + '; ')}{training}</div>")
-    note = f"Correlation of {THUMBNAIL} × {THUMBNAIL} px thumbnails, also mirrored. {held_out['images']} held-out "
-    note += f"images have {held_out['copy_similarity']:.3f} with their nearest training image on average, "
-    note += f"{100 * COPY_QUANTILE:g} % of them less than {held_out['copy_limit']:.3f}: more is called a copy. "
-    note += f"By CLIP they are {held_out['nearest_similarity']:.3f} alike."
-    return f"<h2>Most like a training image</h2><p>{note}</p><div class=pairs>{''.join(parts)}</div>"
+        copies.append((row, data_uri(trainer.open_image(shard.read(offset, size))[0], 320)))
+    return copies
 
 
-PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>Evaluation</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#0a6, #4d9); --bad: light-dark(#b30, #f85) }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
-h1 { font-size: 1.6rem; line-height: 1.2 } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; font-weight: 600 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-small { opacity: .75 } td small { white-space: nowrap }
-.sure { color: var(--accent); font-weight: 600 } .unsure { opacity: .7 }
-.flag { color: var(--bad); display: block }
-.row { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); margin-bottom: .6rem }
-.pairs { display: grid; gap: .6rem 2rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)) }
-.pairs .row { grid-template-columns: 1fr 1fr }
-figure { margin: 0 } figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere }
-.t, figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; background-size: cover }
-.t, figure img { border-radius: 4px }
-.large { display: none; position: fixed; inset: 0; background: #000d; place-content: center; z-index: 1 }
-.large:target { display: grid } .large span { width: min(94vw, 94vh); aspect-ratio: 1; background-size: cover }
-summary { cursor: pointer } pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) }
-svg { width: 100%; max-width: 44rem; fill: none; stroke: var(--accent); stroke-width: 2 }
-svg text { fill: currentColor; stroke: none; font-size: 12px } svg circle { fill: var(--accent) }
-svg .base { stroke: #888; stroke-dasharray: 4 4 }
-$sources
-</style>
-<h1>$title</h1>
-<p>$intro</p>
-$summary
-$curves
-<h2>Pictures</h2>
-$grid
-$groups
-$extremes
-$copies
-<h2>How this was made</h2>
-<pre>$command</pre><p><small>$versions</small></p>
-$large
-</html>
-""")
-
-
-def write_report(args, models, panel, rows, facts, reference, argv):
-    """report.html of what metrics.json holds (`facts`): one file, no request to anywhere."""
-    gallery, summary = {}, facts["models"]
-    metrics = {k: v for k, v in {**METRICS, "diversity": "diversity"}.items() if k in summary[models[0].name]}
-    trained = [row for row in rows if row["model"] != models[0].name] or rows
-    ranked, prompt_of = sorted(trained, key=lambda row: row["score"]), lambda row: (row["model"], row["prompt_id"])
-    grid = picture_grid(models, panel, rows, args.seeds, gallery)
-    extremes = "".join(
-        f"<h2>{title}</h2><div class=row>"
-        + "".join(
-            figure(row, gallery, f"<b>{html.escape(row['model'])}</b> {html.escape(row['prompt'])}; ")
-            for row in chosen
-        )
-        + "</div>"
-        for title, chosen in (
-            ("Best scores", first_of_each(ranked[::-1], prompt_of, 8)),
-            ("Worst scores", first_of_each(ranked, prompt_of, 8)),
-        )
-    )
-    copies = copies_section(trained, reference, facts["held_out"], args, gallery) if reference is not None else ""
-    steps = [model for model in models if model.step is not None]
-    curves = "".join(
-        f"<h2>{METRICS[m]} over steps</h2>{curve(models, summary, m)}"
-        for m in ("score", "right")
-        if steps and m in metrics
-    )
-    uris = [data_uri(Image.open(Path(args.output_dir) / file), 768) for file in gallery]
-    page = PAGE.substitute(
-        title=html.escape(f"{len(models)} models, {len(panel)} prompts, {len(args.seeds)} seeds"),
-        intro="Means with 95 % intervals, prompts drawn with replacement; below them the paired difference from the "
-        "base model from the same noise, coloured where its interval excludes 0. Click a picture to enlarge it.",
-        summary=summary_table(summary, metrics),
-        curves=curves,
-        grid=grid,
-        groups=group_table("By tag", models, facts["by_tag"]) + group_table("By species", models, facts["by_species"]),
-        extremes=extremes,
-        copies=copies,
-        command=html.escape(" ".join(["evaluate.py", *map(shlex.quote, argv)])),
-        versions=html.escape(", ".join(f"{k} {v}" for k, v in versions().items())),
-        sources="".join(f".t{n}{{background-image:url({uri})}}" for n, uri in enumerate(uris)),
-        large="".join(f"<a class=large id=p{n} href='#_'><span class='t{n}'></span></a>" for n in range(len(uris))),
+def write_report(args, models, prompts, scores, metrics, argv):
+    """Writes report.html."""
+    summary = metrics["models"]
+    shown = [*METRICS, "diversity"]
+    labels = {metric: METRICS.get(metric, metric) for metric in shown if metric in summary[models[0].name]}
+    plots = {}
+    for metric in ("score", "right"):
+        if metric in labels and any(model.step is not None for model in models):
+            label = f"{METRICS[metric]} over steps"
+            plots[label] = figure_svg(plot_over_steps(models, summary, metric), label)
+    with_lora = [row for row in scores.rows if row["model"] != models[0].name] or scores.rows
+    ranked = sorted(with_lora, key=lambda row: row["score"])
+    page = render_page(
+        REPORT,
+        f"{len(models)} models, {len(prompts)} prompts, {len(args.seeds)} seeds",
+        metrics=metrics,
+        labels=labels,
+        interval=format_interval,
+        plots=plots,
+        models=models,
+        prompts=prompts,
+        rows=scores.rows,
+        uris={row["file"]: data_uri(Image.open(Path(args.output_dir) / row["file"]), 768) for row in scores.rows},
+        best=first_of_each(reversed(ranked), lambda row: (row["model"], row["prompt_id"]), 8),
+        worst=first_of_each(ranked, lambda row: (row["model"], row["prompt_id"]), 8),
+        copies=find_copies(args, with_lora, scores.reference) if scores.reference is not None else [],
+        held_out=scores.held_out,
+        thumbnail=THUMBNAIL,
+        quantile=f"{100 * COPY_QUANTILE:g}",
+        command=shlex.join(["evaluate.py", *argv]),
     )
     trainer.write_file(Path(args.output_dir) / "report.html", page.encode())
 
 
-def write_grid(args, models, panel):
-    """grid.png: the first seed, a row per prompt, a column per model."""
-    pictures = [Image.open(image_path(args, m, p, args.seeds[0])).convert("RGB") for p in panel for m in models]
+def write_grid(args, models, prompts, jobs):
+    """Writes grid.png: the first seed, a row per prompt, a column per model."""
+    paths = {(job.model, job.prompt): job.path for job in jobs if job.seed == args.seeds[0]}
     side = min(args.resolution, 256)
-    images = np.stack([np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for picture in pictures])
-    sheet = trainer.draw_grid(images, [p.prompt for p in panel for _ in models], len(models))
-    encoded = io.BytesIO()
-    sheet.save(encoded, "png")
-    trainer.write_file(Path(args.output_dir) / "grid.png", encoded.getvalue())
+    tiles = []
+    for prompt, model in itertools.product(prompts, models):
+        image = Image.open(paths[model, prompt]).convert("RGB")
+        tiles.append(np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)))
+    texts = [prompt.prompt for prompt in prompts for _ in models]
+    write_image(Path(args.output_dir) / "grid.png", trainer.draw_grid(np.stack(tiles), texts, len(models)))
 
 
 def write_csv(args, rows):
@@ -947,12 +1155,7 @@ def write_csv(args, rows):
     trainer.write_file(Path(args.output_dir) / "per_image.csv", text.getvalue().encode())
 
 
-def versions():
-    packages = ["torch", "diffusers", "transformers", "peft", "open_clip_torch"]
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def report_to_wandb(args, rows, metrics):
+def report_to_wandb(args, rows, summary):
     import wandb
 
     run = wandb.init(project="train_sdxl_lora", job_type="evaluate", config=vars(args), dir=args.output_dir)
@@ -960,109 +1163,61 @@ def report_to_wandb(args, rows, metrics):
     table = wandb.Table(columns=["picture", *columns])
     for row in rows:
         table.add_data(wandb.Image(str(Path(args.output_dir) / row["file"])), *(row[name] for name in columns))
-    flat = {
-        f"{model}/{metric}": entry[metric]["mean"]
-        for model, entry in metrics["models"].items()
-        for metric in METRICS
-        if metric in entry
-    }
-    run.log({"pictures": table, **flat})
+    means = {f"{model}/{m}": entry[m]["mean"] for model, entry in summary.items() for m in METRICS if m in entry}
+    run.log({"pictures": table, **means})
     run.finish()
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 7 Main
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
-def judge_all(args, state, models, panel):
-    """(rows, {model: [(seeds, D) embeddings of each prompt]}, Reference or None, what is known of held-out images)."""
-    jobs = [(model, prompt, seed) for model in models for prompt in panel for seed in args.seeds]
-    paths = [image_path(args, *job) for job in jobs]
-    embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
-    aesthetic = None
-    if args.aesthetic_head != "none":
-        features = embed_files(state, args.aesthetic_clip_model, "--aesthetic_clip_model", paths)
-        aesthetic = load_aesthetic_head(args.aesthetic_head, features.shape[1])(features)
-    reference = embed_shards(state, args, args.train_shards) if args.train_shards else None
-    held_out = embed_shards(state, args, args.val_shards) if args.val_shards else reference
-    if not state.is_main_process:
-        return None, None, None, None
-    clip = Clip(args.clip_model, state.device)
-    prompts = [prompt for _, prompt, _ in jobs]
-    scores = score_images(embeddings, prompts, clip, aesthetic, args.score_weights)
-    species = sorted({prompt.species for prompt in panel if prompt.species})
-    named = name_species(embeddings, species, clip, args.species_prompt) if len(species) > 1 else None
-    similar, known = {}, {}
-    if reference is not None:
-        thumbnails = np.stack([make_thumbnails(Image.open(path))[1] for path in paths])
-        similar = compare_with_training(embeddings, thumbnails, reference)
-        similar["nearest"] = [reference.names[i] for i in similar["nearest"]]
-        middles = held_out.thumbnails[:, 1]
-        alike = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
-        known = {name: float(alike[name].mean()) for name in ("nearest_similarity", "copy_similarity")}
-        known |= {"images": len(middles), "copy_limit": float(np.quantile(alike["copy_similarity"], COPY_QUANTILE))}
-        similar["copy"] = similar["copy_similarity"] > known["copy_limit"]
-        similar = {name: np.asarray(values).tolist() for name, values in similar.items()}
-    rows = []
-    for i, (model, prompt, seed) in enumerate(jobs):
-        row = {"model": model.name, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed}
-        row |= {"species": prompt.species, "tags": ", ".join(prompt.tags)}
-        row |= {name: float(values[i]) for name, values in scores.items()}
-        if named is not None and prompt.species:
-            row |= {"named": species[named[i]], "right": species[named[i]] == prompt.species}
-        row |= {name: values[i] for name, values in similar.items()}
-        rows.append(row | {"file": os.path.relpath(paths[i], args.output_dir)})
-    names = dict.fromkeys(name for row in rows for name in row)
-    rows = [{name: row.get(name) for name in names} for row in rows]
-    shape = (len(models), len(panel), len(args.seeds), -1)
-    return rows, dict(zip([m.name for m in models], embeddings.reshape(shape))), reference, known
+def set_up_logging(is_main_process):
+    """Only the main process logs, and libraries keep quiet."""
+    logger.handlers = [logging.StreamHandler()]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def log_summary(summary):
+    for name, entry in summary.items():
+        means = ", ".join(
+            f"{label} {entry[metric]['mean']:.3f}" for metric, label in METRICS.items() if metric in entry
+        )
+        logger.info("%-20s %s%s", name, means, "; copies training images" if entry.get("flagged") else "")
 
 
 def main(argv=None):
-    """Draws, judges and writes the report; returns what metrics.json holds."""
+    """Generates the images, scores them and writes the report; returns what metrics.json holds."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=trainer.GROUP_TIMEOUT)])
     trainer.check_world(accelerator)
     state = accelerator.state
-    logger.handlers, logger.propagate = [logging.StreamHandler()], False
-    logger.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
-    for library in (transformers.utils.logging, diffusers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    models, panel = list_models(args), read_panel(args.prompts)
-    paint_all(args, state, models, panel)
-    rows, embeddings, reference, held_out = judge_all(args, state, models, panel)
+    set_up_logging(state.is_main_process)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    models = list_models(args)
+    prompts = read_prompts(args.prompts)
+    jobs = list_jobs(args, models, prompts)
+
+    generate_images(args, state, jobs)
+    scores = score_all(args, state, models, prompts, jobs)
     if not state.is_main_process:
         return {}
-    summary = summarise(models, rows)
-    add_diversity(summary, models, panel, embeddings)
-    for entry in summary.values():
-        if "copy" in entry:
-            entry["flagged"] = entry["copy"]["low"] > COPY_SHARE
-    settings = {k: v for k, v in vars(args).items() if k != "config"}
-    tags = list(dict.fromkeys(tag for prompt in panel for tag in prompt.tags))
-    species = sorted({prompt.species for prompt in panel if prompt.species})
-    metrics = {
-        "models": summary,
-        "by_tag": {tag: summarise(models, [r for r in rows if tag in r["tags"].split(", ")]) for tag in tags},
-        "by_species": {name: summarise(models, [r for r in rows if r["species"] == name]) for name in species},
-        "held_out": held_out,
-        "settings": settings,
-        "versions": versions(),
-    }
-    write_csv(args, rows)
-    write_grid(args, models, panel)
-    write_report(args, models, panel, rows, metrics, reference, argv)
-    trainer.write_file(Path(args.output_dir) / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    metrics = make_metrics(args, models, prompts, scores)
+    write_csv(args, scores.rows)
+    write_grid(args, models, prompts, jobs)
+    write_report(args, models, prompts, scores, metrics, argv)
+    trainer.write_file(output_dir / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     if args.report_to == "wandb":
-        report_to_wandb(args, rows, metrics)
-    for name, entry in summary.items():
-        means = ", ".join(f"{METRICS[m]} {entry[m]['mean']:.3f}" for m in METRICS if m in entry)
-        logger.info("%-20s %s%s", name, means, "; copies training images" if entry.get("flagged") else "")
-    logger.info("see %s", Path(args.output_dir) / "report.html")
+        report_to_wandb(args, scores.rows, metrics["models"])
+    log_summary(metrics["models"])
+    logger.info("see %s", output_dir / "report.html")
     return metrics
 
 

@@ -1,14 +1,14 @@
-"""Base and refiner LoRAs as one recipe on the demo world: what the refiner's LoRA is worth, with intervals.
+"""Trains base and refiner LoRAs on the demo's dataset and measures what the refiner's LoRA adds, with intervals.
 
     python benchmarks/refiner.py               # ten minutes on two cores
 
 It trains the base with both encoders as `make demo` does, then the refiner with the base's text_encoder_2, and
 measures on the five species that neither UNet was pretrained on:
-  - the denoising loss in the refiner's band, over fresh drawings, the same noise for the refiner with and without its
-    LoRA (and for the stock refiner with the stock encoder);
-  - pictures by the base alone with its LoRA, and by base and refiner with theirs, from the same noise, judged by
-    evaluate.py: the toy CLIP's similarity of picture and prompt, and how many it names right among 16 species.
-Intervals are 95 %, of the losses over samples (normal), of the pictures over prompts (bootstrap).
+  - the denoising loss in the refiner's band over new drawings, with the same noise for the refiner with its LoRA,
+    without it, and with the stock text encoder;
+  - images by the base with its LoRA, and by base and refiner with theirs, from the same noise, scored by evaluate.py:
+    the toy CLIP's similarity of image and prompt, and how many images it names right among 16 species.
+Intervals are 95 %: over samples for losses (normal), over prompts for images (bootstrap).
 """
 
 import argparse
@@ -45,7 +45,7 @@ LORAS = ("base with its LoRA", "then the stock refiner", "then the refiner with 
 
 
 def train(flags, steps, shards, output_dir, switches=()):
-    """Trains unless it was done before."""
+    """Trains a LoRA unless its folder has one; returns the file."""
     if (output_dir / LORA).exists():
         return output_dir / LORA
     flags = flags | {"--train_shards": shards, "--output_dir": output_dir, "--train_batch_size": 16}
@@ -61,7 +61,7 @@ def interval(differences):
 
 
 def band_losses(shard, te2_lora=None, refiner_lora=None):
-    """(n,) losses of the shard's samples in the band, each with the noise and timestep of its id."""
+    """(n,) losses of the shard's samples in the band; noise and timestep depend on the sample's id only."""
     words = ["--pretrained_model_name_or_path", DEMO / "sdxl", "--train_shards", shard, "--resolution", 64]
     words += ["--stage", "refiner", "--refiner_unet", DEMO / "refiner/unet", "--mixed_precision", "no"]
     words += ["--text_encoder_2_lora", te2_lora] if te2_lora else []
@@ -81,8 +81,8 @@ def band_losses(shard, te2_lora=None, refiner_lora=None):
     return np.array(losses)
 
 
-def write_panel(path):
-    """The unseen species in every scene; all 16 are named, so the others have a prompt each too, tagged as such."""
+def write_prompts(path):
+    """Writes prompts: the unseen species in every scene, and one scene of each other, so that CLIP has 16 names."""
     scenes = [(place, pose, facing) for place in PLACES for pose in POSES for facing in FACINGS]
     rows = []
     for species in SPECIES:
@@ -94,9 +94,9 @@ def write_panel(path):
     return path
 
 
-def draw_and_judge(panel, seeds, folder, base, refiner):
+def generate_and_score(prompts, seeds, folder, base, refiner):
     """{LORAS: {(prompt id, seed): row}} of the unseen species; `refiner` is the file of its LoRA."""
-    common = EVALUATION | {"--prompts": panel, "--num_inference_steps": 20, "--batch_size": 50}
+    common = EVALUATION | {"--prompts": prompts, "--num_inference_steps": 20, "--batch_size": 50}
     common |= {"--seeds": seeds, "--lora": base}
     unet = {"--refiner_unet": DEMO / "refiner/unet"}
     rows = {}
@@ -110,14 +110,14 @@ def draw_and_judge(panel, seeds, folder, base, refiner):
 
 
 def draw_comparison(rows, path, tile=96):
-    """A row per kind of picture, two columns per species."""
+    """Draws a row per kind of image, two columns per species."""
     chosen = [f"{species.name}-{n}" for species in UNSEEN for n in (0, 7)]
     first_seed = min(seed for _, seed in rows[LORAS[0]])
     sheet = Image.new("RGB", (len(chosen) * tile, len(rows) * tile))
-    for row, pictures in enumerate(rows.values()):
+    for row, found in enumerate(rows.values()):
         for column, prompt in enumerate(chosen):
-            picture = Image.open(pictures[prompt, first_seed]["file"]).resize((tile, tile), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (column * tile, row * tile))
+            image = Image.open(found[prompt, first_seed]["file"]).resize((tile, tile), Image.Resampling.BICUBIC)
+            sheet.paste(image, (column * tile, row * tile))
     sheet.save(path)
 
 
@@ -145,8 +145,8 @@ def main(output_dir, base_steps, refiner_steps, samples, seeds, first_seed):
     facts = {"band_loss": {name: float(values.mean()) for name, values in losses.items()}}
     facts["band_loss_change"] = {name: interval(trained - values) for name, values in list(losses.items())[:2]}
 
-    panel = write_panel(output_dir / "panel.jsonl")
-    rows = draw_and_judge(panel, tuple(range(first_seed, first_seed + seeds)), output_dir, base, refiner)
+    prompts = write_prompts(output_dir / "panel.jsonl")
+    rows = generate_and_score(prompts, tuple(range(first_seed, first_seed + seeds)), output_dir, base, refiner)
     for metric, value_of in (("adherence", float), ("right", lambda text: float(text == "True"))):
         values = {name: [value_of(row[metric]) for row in found.values()] for name, found in rows.items()}
         groups = [prompt for prompt, _ in rows[LORAS[0]]]
@@ -164,8 +164,8 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=ROOT / "demo/output/refiner", metavar="DIR")
     parser.add_argument("--base_steps", type=int, default=320, metavar="STEPS")
     parser.add_argument("--refiner_steps", type=int, default=1500, metavar="STEPS")
-    parser.add_argument("--samples", type=int, default=600, metavar="N", help="fresh drawings for the band's loss")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pictures of each of 100 prompts")
+    parser.add_argument("--samples", type=int, default=600, metavar="N", help="new drawings for the loss in the band")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="images of each of 100 prompts")
     parser.add_argument("--first_seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
     main(args.output_dir, args.base_steps, args.refiner_steps, args.samples, args.seeds, args.first_seed)

@@ -1,10 +1,10 @@
-"""The demo: draw a dataset, teach the toy SDXL the species it has never seen, judge its pictures before and after.
+"""The demo: draw a dataset, train a LoRA on species the toy SDXL has never seen, score images before and after.
 
     make demo        # python demo/run.py --output_dir demo/output
 
-The two commands it runs are printed, so that you can run and change them. OUTPUT/lora holds the training run,
-OUTPUT/evaluation the report: every picture is judged by the demo's own CLIP, zero-shot over 16 species. The judge saw
-drawings of all of them; the SDXL under test never saw five.
+It prints the two commands it runs, so that you can run and change them. OUTPUT/lora holds the training run,
+OUTPUT/evaluation the report: the demo's own CLIP names the species of every image, zero-shot over 16 species. This
+CLIP was trained on drawings of all of them; the SDXL has never seen five.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from world import FACINGS, PLACES, POSES, PRETRAINED, UNSEEN, Scene, draw_scene,
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PROCESSES = 2  # the toy's layers are too small to be shared out over cores
+PROCESSES = 2  # the toy's layers are too small to be split over cores
 GLOBAL_BATCH = 16
 TRAINING = {
     "--resolution": 64,
@@ -62,7 +62,11 @@ def to_words(flags):
     """A command line of {flag: value, values, or None for a switch}."""
     words = []
     for flag, value in flags.items():
-        words += [flag, *map(str, value if isinstance(value, tuple) else () if value is None else (value,))]
+        words.append(flag)
+        if isinstance(value, tuple):
+            words += map(str, value)
+        elif value is not None:
+            words.append(str(value))
     return words
 
 
@@ -73,10 +77,10 @@ def free_port():
 
 
 def launch(commands):
-    """Runs [(script, flags)] on PROCESSES processes, as the printed commands do one after the other.
+    """Runs [(script, flags)] one after the other on PROCESSES processes, as the printed commands would.
 
-    Both in the same processes, which saves importing torch twice. Errors: SystemExit when a process fails; the other
-    is ended with it.
+    The processes run all scripts, which saves importing torch twice. Errors: SystemExit when a process fails; the
+    other one is killed.
     """
     for script, flags in commands:
         words = ["accelerate", "launch", "--config_file", str(ROOT / "accelerate_configs/ddp.yaml")]
@@ -100,7 +104,7 @@ def launch(commands):
 
 
 def work(plan):
-    """What each of the processes does."""
+    """Runs the scripts of `plan` in one of the processes."""
     from accelerate.state import AcceleratorState
 
     for script, words, port in plan:
@@ -125,16 +129,12 @@ def training_flags(output_dir):
 
 def evaluation_flags(lora, output_dir):
     shards = {"--train_shards": HERE / "data/data/train", "--val_shards": HERE / "data/data/val"}
-    return (
-        EVALUATION
-        | shards
-        | {"--lora": lora, "--seeds": tuple(range(8)), "--batch_size": 48}
-        | {"--output_dir": output_dir}
-    )
+    flags = {"--lora": lora, "--seeds": tuple(range(8)), "--batch_size": 48, "--output_dir": output_dir}
+    return EVALUATION | shards | flags
 
 
 def draw_before_after(evaluation, path, tile=96, margin=76, header=18, gap=8):
-    """A column per species: what it looks like, then two pictures by the base, and the same two with the LoRA."""
+    """Draws a column per species: what it looks like, two images by the base, and the same two with the LoRA."""
     with open(evaluation / "per_image.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["seed"]) < 2]
     columns = [*UNSEEN, *PRETRAINED[:3]]
@@ -151,9 +151,9 @@ def draw_before_after(evaluation, path, tile=96, margin=76, header=18, gap=8):
         own = [row for row in rows if row["prompt_id"] == f"{species.name.lower()}-1"]
         scene = [next(o for o in options if o in own[0]["prompt"]) for options in (PLACES, POSES, FACINGS)]
         drawn = draw_scene(Scene((species,), *scene, finish=0.9), np.random.default_rng(0), tile, tile)
-        pictures = [drawn, *(Image.open(evaluation / row["file"]) for row in own)]
-        for top, picture in zip(tops, pictures):
-            sheet.paste(picture.resize((tile - 2, tile - 2), Image.Resampling.BICUBIC), (left, top))
+        images = [drawn, *(Image.open(evaluation / row["file"]) for row in own)]
+        for top, image in zip(tops, images):
+            sheet.paste(image.resize((tile - 2, tile - 2), Image.Resampling.BICUBIC), (left, top))
     sheet.save(path)
 
 

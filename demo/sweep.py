@@ -1,4 +1,4 @@
-"""The sweep's demo: 8 trials on the demo world, and the trainer's own defaults at the same budget to compare with.
+"""The demo of the sweep: 8 trials on the demo's dataset, compared with the trainer's defaults at the same budget.
 
 make sweep-demo        # python demo/sweep.py --output_dir demo/output/sweep
 """
@@ -16,8 +16,10 @@ import yaml
 from run import EVALUATION, HERE, ROOT, to_words
 from world import make_dataset
 
-STEPS, TRIALS, SEEDS = 80, 8, (0, 1)
-TRAINING = {  # of every trial, and of the defaults that they are compared with
+STEPS = 80
+TRIALS = 8
+SEEDS = (0, 1)
+TRAINING = {  # of every trial, and of the run with the defaults
     "--pretrained_model_name_or_path": HERE / "sdxl",
     "--train_shards": HERE / "data/data/train",
     "--val_shards": HERE / "data/data/val",
@@ -28,7 +30,7 @@ TRAINING = {  # of every trial, and of the defaults that they are compared with
     "--dataloader_num_workers": 0,
     "--train_text_encoder": None,
 }
-SEARCH_SPACE = {  # a small model takes other learning rates than SDXL
+SEARCH_SPACE = {  # a small model needs other learning rates than SDXL
     "learning_rate": {"low": 1e-4, "high": 2e-2, "log": True},
     "rank": {"choices": [4, 8, 16, 32]},
     "text_encoder_lr_scale": {"choices": [0.1, 0.3, 1.0]},
@@ -60,8 +62,8 @@ def main(folder):
     defaults = folder / "defaults"
     training = TRAINING | {"--max_train_steps": STEPS, "--report_to": "none", "--seed": 0, "--output_dir": defaults}
     run(["python", ROOT / "train_sdxl_lora.py", *to_words(training | {"--resume_from_checkpoint": "latest"})])
-    judged = own | {"--seeds": SEEDS, "--lora": defaults, "--output_dir": folder / "defaults-evaluation"}
-    run(["python", ROOT / "evaluate.py", *to_words(judged | {"--images_dir": folder / "images"})])
+    scoring = own | {"--seeds": SEEDS, "--lora": defaults, "--output_dir": folder / "defaults-evaluation"}
+    run(["python", ROOT / "evaluate.py", *to_words(scoring | {"--images_dir": folder / "images"})])
     metrics = json.loads((folder / "defaults-evaluation/metrics.json").read_text())["models"]["defaults"]
     with open(folder / "trials.csv", newline="", encoding="utf-8") as file:
         trials = list(csv.DictReader(file))
