@@ -351,7 +351,7 @@ def test_every_arithmetic_resumes_in_the_middle_of_an_update(flags, tmp_path, ki
     argv += ["--max_train_steps", 4, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
     whole = run_trainer(argv, tmp_path / "whole")
     if kind == "adamw8bit" and "--optimizer" in whole.output and whole.codes != [0]:
-        pytest.skip("bitsandbytes does not run here")
+        pytest.skip("needs bitsandbytes on a CPU or GPU that it supports: pip install -r requirements.txt")
     assert_ok(whole)
     killed = run_trainer(argv, tmp_path / "run", setup=partial(die_in_micro_step, 5))
     assert killed.codes == [-signal.SIGKILL] and (tmp_path / "run/checkpoint-2").is_dir()
@@ -614,7 +614,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small filesystem needs root")
+        pytest.skip("needs root, to mount a small filesystem: sudo make test")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 

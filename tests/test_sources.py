@@ -11,10 +11,12 @@ import threading
 import time
 from types import SimpleNamespace
 
+import boto3
 import datasets
 import numpy as np
 import pytest
 from harness import ALONE
+from moto.server import ThreadedMotoServer
 from test_data import encode, index_of, index_shard, noise_image, open_image, sample, write_shard
 
 import train_sdxl_lora as trainer
@@ -204,8 +206,7 @@ def test_processes_that_want_the_same_shard_copy_it_once(shards, tmp_path):
 @pytest.fixture(scope="module")
 def bucket(shards):
     """s3://pokefa with the shards in it, on a moto server."""
-    boto3, server_module = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(port=0)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     patch = pytest.MonkeyPatch()
