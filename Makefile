@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SAGEMAKER := $(VENV)-sagemaker
+RECORDS := .pytest_cache/records
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo sweep-demo test test-quick test-slow test-sagemaker lint format clean
+.NOTPARALLEL:
 
 demo: $(VENV)/installed
 	$(BIN)/python demo/run.py --output_dir demo/output
@@ -13,16 +15,20 @@ demo: $(VENV)/installed
 sweep-demo: $(VENV)/installed
 	$(BIN)/python demo/sweep.py --output_dir demo/output/sweep
 
-test: test-quick test-slow
+# Ends with the list of tests that did not run, why, and how to run them. FAIL_ON_SKIP=1 makes that an error.
+test: test-quick test-slow test-sagemaker
+	$(BIN)/python tests/skips.py $(RECORDS)/quick.json $(RECORDS)/slow.json $(RECORDS)/sagemaker.json
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not sagemaker and not gpu" --record $(RECORDS)/quick.json
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" --record $(RECORDS)/slow.json
 
+# tests/conftest.py imports torch, which is not in this environment.
 test-sagemaker: $(SAGEMAKER)/installed
-	$(SAGEMAKER)/bin/python -m pytest --noconftest tests/test_submit.py
+	PYTHONPATH=tests $(SAGEMAKER)/bin/python -m pytest --noconftest -p skips tests/test_submit.py \
+		--record $(RECORDS)/sagemaker.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -3,8 +3,14 @@ import torch
 from harness import SDXL
 from world import make_dataset
 
+pytest_plugins = ["skips"]
 pytest.register_assert_rewrite("compare")  # so that a failure shows both sides
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: pytest -m gpu on a machine that has one")
 
 
 @pytest.fixture(scope="session")

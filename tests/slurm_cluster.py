@@ -48,9 +48,9 @@ PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 def why_not():
     """Why there can be no cluster here, or None."""
     if os.geteuid() != 0:
-        return "a cluster of one's own needs root"
+        return "needs root, to start a SLURM cluster: sudo make test-slow"
     if not shutil.which("slurmctld") and not shutil.which("apt-get"):
-        return "no SLURM is installed, and no apt-get to install it with"
+        return f"needs SLURM: apt-get install {' '.join(PACKAGES)}, or what your system calls them"
     return None
 
 

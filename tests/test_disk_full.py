@@ -161,7 +161,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small filesystem needs root")
+        pytest.skip("needs root, to mount a small filesystem: sudo make test")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 

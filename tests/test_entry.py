@@ -10,6 +10,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+import boto3
+import moto
 import pytest
 from compare import assert_same_run
 from harness import ROOT, SDXL, Result, assert_ok, rows, run_trainer, trainers
@@ -229,7 +231,6 @@ def test_a_secret_that_cannot_be_read_fails_without_its_value(monkeypatch):
 
 
 def test_secrets_are_read_of_secrets_manager(monkeypatch):
-    moto, boto3 = pytest.importorskip("moto"), pytest.importorskip("boto3")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_REGION", "eu-west-1")

@@ -53,7 +53,7 @@ def test_every_arithmetic_resumes_in_the_middle_of_an_update(flags, tmp_path, ki
     argv += ["--max_train_steps", 4, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
     whole = run_trainer(argv, tmp_path / "whole")
     if kind == "adamw8bit" and "--optimizer" in whole.output and whole.codes != [0]:
-        pytest.skip("bitsandbytes does not run here")
+        pytest.skip("needs bitsandbytes on a CPU or GPU that it supports: pip install -r requirements.txt")
     assert_ok(whole)
     killed = run_trainer(argv, tmp_path / "run", setup=partial(die_in_micro_step, 5))
     assert killed.codes == [-signal.SIGKILL] and (tmp_path / "run/checkpoint-2").is_dir()

@@ -9,9 +9,11 @@ import threading
 import time
 from types import SimpleNamespace
 
+import boto3
 import datasets
 import pytest
 from harness import ALONE
+from moto.server import ThreadedMotoServer
 from shards import encode, load_index, noise_image, sample, write_shard
 
 import sdxl_data
@@ -194,8 +196,7 @@ def test_processes_that_want_the_same_shard_copy_it_once(shards, tmp_path):
 @pytest.fixture(scope="module")
 def bucket(shards):
     """s3://pokefa with the shards in it, on a moto server."""
-    boto3, server_module = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(port=0)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     patch = pytest.MonkeyPatch()

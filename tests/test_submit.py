@@ -1,6 +1,6 @@
 """sagemaker/submit.py: the request it makes, field by field, against moto; what it sends; what it refuses.
 
-The SDK has an environment of its own (`make test-sagemaker`); without it these tests are skipped.
+The SDK has an environment of its own, and `make test` runs these tests there. Elsewhere most of them are skipped.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sagemaker
+NO_SDK = "needs the SageMaker SDK: make test-sagemaker"
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("submit", ROOT / "sagemaker/submit.py")
 submit = importlib.util.module_from_spec(spec)
@@ -35,10 +37,10 @@ HARD = """it's "quoted", $HOME `id` \\ é\nand a line"""  # a word that shells a
 @pytest.fixture
 def aws(monkeypatch):
     """An account that moto plays; the requests to create a job, in a list."""
-    pytest.importorskip("sagemaker.train", reason="the SageMaker SDK is not installed: make test-sagemaker")
-    moto = pytest.importorskip("moto")
+    pytest.importorskip("sagemaker.train", reason=NO_SDK)
     import boto3
     import botocore.client
+    import moto
 
     requests, original = [], botocore.client.BaseClient._make_api_call
 
@@ -214,7 +216,7 @@ def test_a_dry_run_prints_the_request_and_sends_nothing(aws, capsys, monkeypatch
 
 
 def test_a_dry_run_needs_neither_credentials_nor_network(tmp_path):
-    pytest.importorskip("sagemaker.train", reason="the SageMaker SDK is not installed: make test-sagemaker")
+    pytest.importorskip("sagemaker.train", reason=NO_SDK)
     env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {"HOME": str(tmp_path)}
     env["HTTPS_PROXY"] = env["HTTP_PROXY"] = "http://127.0.0.1:9"  # nobody listens there
     argv = [sys.executable, ROOT / "sagemaker/submit.py", *SMALL, "--dry_run", "--", "--max_train_steps", "5"]
