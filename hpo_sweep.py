@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Search the hyperparameters of train_sdxl_lora.py with Optuna: each trial is a short run, judged by evaluate.py.
+"""Searches the hyperparameters of train_sdxl_lora.py with Optuna: each trial is a short run, scored by evaluate.py.
 
     python hpo_sweep.py --output_dir sweeps/a --n_trials 40 --trial_steps 1000 --prompts panel.jsonl -- \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --train_shards data/train \\
@@ -7,19 +7,21 @@
 
     python train_sdxl_lora.py --config sweeps/a/best_params.yaml --max_train_steps 10000
 
-What stands after -- goes to every trial. The same command again continues a study that was interrupted or killed;
-`--workers N` shares the GPUs of a machine out; several machines that see one --output_dir run the same command. Read
-OUTPUT_DIR/report.html while it runs.
+The flags after -- go to every trial. To resume a study that was interrupted or killed, run the same command again.
+`--workers N` splits the GPUs of one machine among N workers. To use several machines, run the same command on each
+with the same --output_dir on a shared file system. Open OUTPUT_DIR/report.html at any time to see the results so far.
 
-The rooms of this file, in the order a study lives:
+Sections of this file:
      1 Arguments    2 Search space    3 Study    4 Processes    5 Trial    6 Report    7 Main
 """
 
+import collections
 import contextlib
 import csv
 import ctypes
-import html
+import functools
 import io
+import itertools
 import json
 import logging
 import math
@@ -29,7 +31,6 @@ import shlex
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
 import time
@@ -63,7 +64,9 @@ import optuna
 import psutil
 import torch
 import yaml
+from matplotlib import category, ticker
 from optuna.trial import TrialState
+from PIL import Image
 
 import evaluate
 import train_sdxl_lora as trainer
@@ -71,12 +74,12 @@ from train_sdxl_lora import InputError
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "hpo_sweep.py")  # what --workers starts
-POLL_SECONDS = 0.5  # between looks at a trial's metrics
-HEARTBEAT_SECONDS = 10  # between a worker's signs of life, for other machines
-DEAD_SECONDS = 120  # without one, after which a worker on another machine is taken for dead
-STOP_SECONDS = 60  # that a child has to save and leave before it is killed
-MAX_ATTEMPTS = 2  # of a trial whose process was killed from outside, say for memory
-LOG_TAIL = 20  # lines of a failed trial's log that the study keeps
+POLL_SECONDS = 0.5  # how often a trial's metrics are read
+HEARTBEAT_SECONDS = 10  # how often a worker touches its trial's heartbeat file
+DEAD_SECONDS = 120  # a worker on another machine counts as dead when its heartbeat is older than this
+STOP_SECONDS = 60  # how long a child may take to save and exit before it is killed
+MAX_ATTEMPTS = 2  # for a trial whose process was killed from outside, for example by the out-of-memory killer
+LOG_TAIL = 20  # lines of a failed trial's log that are stored in the study
 
 logger = logging.getLogger("hpo_sweep")
 
@@ -99,38 +102,38 @@ OBJECTIVES = {
 def make_parser():
     parser = trainer.Parser(
         usage="%(prog)s --output_dir DIR [--FLAG VALUE]… -- FLAGS OF train_sdxl_lora.py",
-        description="Search hyperparameters: each trial is a short run of the trainer, judged by evaluate.py.",
+        description="Search hyperparameters: each trial is a short training run, scored by evaluate.py.",
         config_file_parser_class=trainer.configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: trainer.HelpFormatter(prog, max_help_position=34, width=118),
         allow_abbrev=False, add_config_file_help=False, add_env_var_help=False,
     )
     add = parser.add_argument_group("Study").add_argument
-    add("--config", is_config_file=True, metavar="FILE", help="YAML file of any of these flags; the command line wins")
-    add("--output_dir", required=True, metavar="DIR", help="trials, best_params.yaml, trials.csv, report.html")
-    add("--n_trials", type=int, default=20, metavar="N", help="trials of the whole study, over all workers")
+    add("--config", is_config_file=True, metavar="FILE", help="YAML file of these flags; the command line wins")
+    add("--output_dir", required=True, metavar="DIR", help="for trials, best_params.yaml, trials.csv, report.html")
+    add("--n_trials", type=int, default=20, metavar="N", help="number of trials in the study, across all workers")
     add("--objective", choices=list(OBJECTIVES), default="score",
-        help="what is best; pareto: adherence and aesthetic, a front instead of one best")
-    add("--search_space", metavar="FILE", help="YAML, see README; learning rate, ranks and caption dropout by default")
+        help="what to optimize; pareto finds the best trade-offs between adherence and aesthetic")
+    add("--search_space", metavar="FILE", help="YAML file, see README; default: learning rate, ranks, caption dropout")
     add("--seed", type=int, default=0, metavar="N", help="seed of the sampler")
-    add("--startup_trials", type=int, default=8, metavar="N", help="drawn at random before TPE and the pruner begin")
-    add("--storage", metavar="URL", help="database of Optuna; a journal in --output_dir by default")
-    add("--study_name", default="sweep", metavar="NAME", help="in that database, and the W&B group")
+    add("--startup_trials", type=int, default=8, metavar="N", help="random trials before TPE and the pruner start")
+    add("--storage", metavar="URL", help="Optuna database; default: a journal file in --output_dir")
+    add("--study_name", default="sweep", metavar="NAME", help="name in the database and of the W&B group")
 
     add = parser.add_argument_group("Trials").add_argument
-    add("--trial_steps", type=int, default=1000, metavar="STEPS", help="the same budget for every trial")
+    add("--trial_steps", type=int, default=1000, metavar="STEPS", help="training steps of each trial")
     add("--pruner", choices=["median", "hyperband", "none"], default="median",
-        help="ends a trial whose validation loss is hopeless; needs --val_shards")
-    add("--pruning_warmup", type=int, metavar="STEPS", help="before a trial can be ended; half the budget by default")
-    add("--keep_trials", type=int, default=3, metavar="K", help="keep weights and pictures of the best K")
+        help="stops trials with a poor validation loss early; needs --val_shards")
+    add("--pruning_warmup", type=int, metavar="STEPS", help="no pruning before; default: half of --trial_steps")
+    add("--keep_trials", type=int, default=3, metavar="K", help="keep the weights and images of the K best trials")
 
     add = parser.add_argument_group("Evaluation").add_argument
-    add("--prompts", metavar="FILE", help="panel of evaluate.py")
-    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="a picture for each, of every prompt")
-    add("--evaluation", metavar="FILE", help="YAML of other flags of evaluate.py")
+    add("--prompts", metavar="FILE", help="JSONL file of prompts, as in evaluate.py")
+    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="each prompt is drawn once per seed")
+    add("--evaluation", metavar="FILE", help="YAML file with more flags for evaluate.py")
 
     add = parser.add_argument_group("Processes").add_argument
-    add("--workers", type=int, default=1, metavar="N", help="trials at once on this machine")
-    add("--processes_per_trial", type=int, default=1, metavar="N", help="GPUs of a trial")
+    add("--workers", type=int, default=1, metavar="N", help="number of trials that run at once on this machine")
+    add("--processes_per_trial", type=int, default=1, metavar="N", help="processes per trial, one GPU each")
     add("--accelerate_config", default=str(ROOT / "accelerate_configs/ddp.yaml"), metavar="FILE",
         help="config file for accelerate launch")
     return parser
@@ -139,13 +142,13 @@ def make_parser():
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a study is: the flags, what every trial and evaluation gets, and what is searched."""
+    """A parsed command line: the sweep's own flags, those of every trial and evaluation, and the search space."""
 
     args: object
-    trainer_flags: dict  # as given after --, paths absolute
-    trainer_args: object  # the same, checked and complete
-    evaluation: dict
-    space: list
+    trainer_flags: dict  # the flags given after --, with absolute paths
+    trainer_args: object  # all flags of the trainer, parsed, with defaults
+    evaluation: dict  # flags of evaluate.py
+    space: list  # of Parameter
 
     @property
     def folder(self):
@@ -153,7 +156,7 @@ class Sweep:
 
     @property
     def lock(self):
-        """Of everything that decides who runs what; the kernel's, so a killed process does not keep it."""
+        """Held for every decision about who runs which trial. The kernel releases it when a process is killed."""
         return filelock.FileLock(self.folder / ".lock")
 
     @property
@@ -165,19 +168,25 @@ class Sweep:
         return OBJECTIVES[self.args.objective][1]
 
     @property
+    def objective_names(self):
+        return self.metrics or ("validation loss",)
+
+    @property
     def prunes(self):
         return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
 
-    def law(self):
-        """What must stay the same when a study goes on."""
+    def signature(self):
+        """{name: value} of all that must not change between the commands that work on one study."""
         names = ("objective", "trial_steps", "seed", "startup_trials", "pruner", "pruning_warmup")
-        searched = {p.flag: p.describe() for p in self.space}
-        law = {name: getattr(self.args, name) for name in names}
-        return law | {"trainer": self.trainer_flags, "evaluation": self.evaluation, "search_space": searched}
+        signature = {name: getattr(self.args, name) for name in names}
+        signature["trainer"] = self.trainer_flags
+        signature["evaluation"] = self.evaluation
+        signature["search_space"] = {parameter.flag: parameter.describe() for parameter in self.space}
+        return signature
 
 
 def given_flags(parser, words):
-    """{flag: value} of what stands on a command line or in its --config, without defaults; paths are made absolute."""
+    """{flag: value} given on a command line or in its --config, without defaults, with absolute paths."""
     for action in parser._actions:
         action.default, action.required = trainer.argparse.SUPPRESS, False
     flags = vars(parser.parse_args(words))
@@ -186,7 +195,7 @@ def given_flags(parser, words):
 
 
 def make_absolute(value):
-    """Existing files and folders by their whole path, all else as it is."""
+    """The absolute path for a file or folder that exists; any other value unchanged."""
     if isinstance(value, list):
         return [make_absolute(item) for item in value]
     if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
@@ -195,29 +204,33 @@ def make_absolute(value):
 
 
 def to_words(flags):
-    """A command line of {flag: value}; True and False are switches."""
+    """The command line for {flag: value}. True becomes --flag, False --no-flag, and None is left out."""
     words = []
     for name, value in flags.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words.append(f"--no-{name}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+            words += [f"--{name}", str(value)]
     return words
 
 
 def read_yaml(flag, path):
-    """The mapping in a YAML file. Errors: InputError naming the flag."""
+    """The mapping in a YAML file. Errors: InputError that names the flag."""
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"--{flag}: cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content:
-        raise InputError(f"--{flag}: {path} holds no flags; expected lines such as `rank: …`")
+        raise InputError(f"--{flag}: {path} contains no flags; expected lines such as `rank: 16`")
     return content
 
 
 def parse_args(argv=None):
-    """Sweep of the flags before and after --, all checked as the trainer and evaluate.py will check them."""
+    """The Sweep that a command line describes. Every flag passes the checks of the script that will receive it."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     own, words = split_words(argv)
     parser = make_parser()
@@ -262,12 +275,12 @@ def parse_args(argv=None):
 
 
 def refusal_of(flags):
-    """What the trainer says against flags, or None when it takes them."""
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    """The trainer's error message for these flags, or None when it accepts them."""
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         try:
             trainer.parse_args(to_words(flags))
         except SystemExit:
-            return told.getvalue().partition("error: ")[2].strip()
+            return output.getvalue().partition("error: ")[2].strip()
     return None
 
 
@@ -278,24 +291,26 @@ def split_words(argv):
 
 
 def make_evaluation(args, trainer_args):
-    """Flags of evaluate.py that all trials share."""
+    """{flag: value} for evaluate.py, the same for every trial. Errors: InputError."""
     flags = {"resolution": trainer_args.resolution}
     for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
         flags[name] = make_absolute(getattr(trainer_args, name))
     if trainer_args.stage == "refiner":
         flags["refiner_unet"] = make_absolute(trainer_args.refiner_unet)
         base = trainer_args.validation_base_lora or trainer_args.text_encoder_2_lora
-        flags |= {"lora": [make_absolute(base)]} if base else {}
+        if base:
+            flags["lora"] = [make_absolute(base)]
     if args.evaluation:
         extra = read_yaml("evaluation", args.evaluation)
         known = {action.dest for action in evaluate.make_parser()._actions}
         for name in extra:
             if name not in known or name in ("output_dir", "config", "report_to", "checkpoints"):
                 raise InputError(
-                    f"--evaluation: {args.evaluation}: {name} is no flag of evaluate.py that a sweep takes"
+                    f"--evaluation: {args.evaluation}: {name} is not a flag of evaluate.py that a sweep accepts"
                 )
-        flags |= {name: make_absolute(value) for name, value in extra.items()}
-    flags |= {"prompts": args.prompts and make_absolute(args.prompts), "seeds": args.seeds}
+            flags[name] = make_absolute(extra[name])
+    flags["prompts"] = make_absolute(args.prompts)
+    flags["seeds"] = args.seeds
     return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -303,7 +318,7 @@ def make_evaluation(args, trainer_args):
 # 2 Search space
 # ------------------------------------------------------------------------------
 
-# Seam: what is searched by default, per stage. Contract: flags of the trainer, in the format of --search_space.
+# Seam: what is searched by default, per stage. Contract: {flag of the trainer: row}, in the format of --search_space.
 SEARCH_SPACES = {
     "base": {
         "learning_rate": {"low": 1e-4, "high": 8e-4, "log": True},
@@ -321,7 +336,10 @@ SEARCH_SPACES = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A flag that is searched: a range of numbers (`whole`: integers), or choices; `when` other flags have values."""
+    """A flag to search: a range of numbers (integers if `whole`) or a list of choices.
+
+    It is searched only in trials whose other flags have the values in `when`.
+    """
 
     flag: str
     low: float | None = None
@@ -332,45 +350,50 @@ class Parameter:
     when: tuple = ()  # ((flag, value), …)
 
     def describe(self):
-        return {k: v for k, v in vars(self).items() if v not in (None, (), False)} | {"when": list(self.when)}
+        """{field: value} for the study's signature, without fields that are not set."""
+        fields = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        fields["when"] = list(self.when)
+        return fields
 
     def applies(self, flags):
         return all(flags.get(name) == value for name, value in self.when)
 
     @property
-    def plain(self):
-        """Whether all choices are values that Optuna keeps; others travel as JSON."""
-        return all(isinstance(choice, (bool, int, float, str)) for choice in self.choices)
+    def stored_as_json(self):
+        """Whether the choices are stored as JSON, because Optuna itself stores only numbers, strings and booleans."""
+        return not all(isinstance(choice, (bool, int, float, str)) for choice in self.choices)
 
     def suggest(self, trial):
+        if self.stored_as_json:
+            return json.loads(trial.suggest_categorical(self.flag, [json.dumps(choice) for choice in self.choices]))
         if self.choices:
-            if self.plain:
-                return trial.suggest_categorical(self.flag, self.choices)
-            return json.loads(trial.suggest_categorical(self.flag, [json.dumps(c) for c in self.choices]))
+            return trial.suggest_categorical(self.flag, self.choices)
         if self.whole:
             return trial.suggest_int(self.flag, int(self.low), int(self.high), log=self.log)
         return trial.suggest_float(self.flag, self.low, self.high, log=self.log)
 
     def corners(self):
-        """Values that the trainer must take if it is to take all."""
+        """All choices, or both ends of the range: if the trainer accepts these, it accepts every value."""
         if self.choices:
             return list(self.choices)
-        return [int(self.low), int(self.high)] if self.whole else [self.low, self.high]
+        if self.whole:
+            return [int(self.low), int(self.high)]
+        return [self.low, self.high]
 
 
 def make_search_space(path, given, trainer_args):
-    """[Parameter], those first on which others depend. Errors: InputError naming the file and the flag."""
+    """[Parameter], each after those that its `when` names. Errors: InputError that names the file and the flag."""
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
     source = f"--search_space: {path or 'the default'}"
     actions = {action.dest: action for action in trainer.make_parser()._actions}
     space = []
     for flag, row in rows.items():
         if flag not in actions or flag in ("config", "output_dir", "max_train_steps", "help"):
-            raise InputError(f"{source}: {flag} is no flag of train_sdxl_lora.py that can be searched")
+            raise InputError(f"{source}: {flag} is not a flag of train_sdxl_lora.py that can be searched")
         if path is None and flag in given:
-            continue  # given after --: not searched
+            continue  # a flag given after -- is no longer searched by default
         if flag in given:
-            raise InputError(f"{source}: {flag} is searched and given after --; leave one of them out")
+            raise InputError(f"{source}: {flag} is also given after --; remove it from one of the two")
         try:
             space.append(read_parameter(flag, row, actions[flag].type is int))
         except (TypeError, ValueError, AttributeError) as error:
@@ -378,14 +401,18 @@ def make_search_space(path, given, trainer_args):
         for name, _ in space[-1].when:
             searched = [p.flag for p in space[:-1]]
             if name not in actions or name in rows and name not in searched:
-                raise InputError(f"{source}: {flag}: `when` names {name}: no flag, or searched below; put it above")
+                raise InputError(
+                    f"{source}: {flag}: `when` names {name}, which is not a flag of the trainer or comes later in "
+                    "the search space; check its name, or move it up"
+                )
+    # A parameter whose condition can never hold is dropped.
     fixed = vars(trainer_args)
     searched = {parameter.flag for parameter in space}
     return [p for p in space if all(n in searched or fixed.get(n) == value for n, value in p.when)]
 
 
 def read_parameter(flag, row, whole):
-    """Parameter of a row of --search_space. Errors: ValueError saying what is wrong with it."""
+    """The Parameter that a row of --search_space describes. Errors: ValueError that says what is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r}; expected low and high, or choices")
     unknown = set(row) - {"low", "high", "log", "choices", "when"}
@@ -398,27 +425,32 @@ def read_parameter(flag, row, whole):
         return Parameter(flag, choices=tuple(row["choices"]), when=when)
     if "low" not in row or "high" not in row:
         raise ValueError("expected low and high, or choices")
-    low, high, log = float(row["low"]), float(row["high"]), bool(row.get("log", False))  # YAML reads 1e-4 as a text
+    low, high = float(row["low"]), float(row["high"])  # YAML reads 1e-4 as a string
+    log = bool(row.get("log", False))
     if not low < high:
         raise ValueError(f"found low {low:g} and high {high:g}; expected low below high")
     if log and low <= 0:
         raise ValueError(f"found low {low:g} with log; expected a number above 0")
     if whole and (low % 1 or high % 1):
-        raise ValueError(f"found {low:g} to {high:g}; the flag takes whole numbers")
+        raise ValueError(f"found {low:g} to {high:g}; expected whole numbers")
     return Parameter(flag, low, high, log, whole, when=when)
 
 
 def corner_values(space):
-    """{flag: value}s in which every parameter takes each of its extremes once, the others their first."""
+    """Yields {flag: value} for each corner of each parameter, while the other parameters keep their first corner."""
     first = {p.flag: p.corners()[0] for p in space}
     for parameter in space:
         for value in parameter.corners():
-            yield first | dict(parameter.when) | {parameter.flag: value}
+            values = dict(first)
+            values.update(parameter.when)
+            values[parameter.flag] = value
+            yield values
 
 
 def suggest_flags(trial, sweep):
-    """{flag: value} of a trial: what the sampler proposes, in the order of the space."""
-    fixed, values = vars(sweep.trainer_args), {}
+    """{flag: value} that the sampler proposes for a trial."""
+    fixed = vars(sweep.trainer_args)
+    values = {}
     for parameter in sweep.space:
         if parameter.applies(fixed | values):
             values[parameter.flag] = parameter.suggest(trial)
@@ -426,51 +458,60 @@ def suggest_flags(trial, sweep):
 
 
 # ------------------------------------------------------------------------------
-# 3 Study: who runs which trial
+# 3 Study
 # ------------------------------------------------------------------------------
 
 
 def open_study(sweep):
-    """The study; made when it is not there. Errors: InputError when the flags are not those it was begun with."""
+    """The study, created if it does not exist. Errors: InputError when it was started with other flags."""
     storage = sweep.args.storage
     if storage is None:
         journal = sweep.folder / "study.journal"
         drop_torn_line(journal)
-        lock = filelock.FileLock(f"{journal}.lock")  # Optuna's own keeps others out for 30 s after a kill
+        lock = filelock.FileLock(f"{journal}.lock")  # after a kill, Optuna's own lock blocks everybody for 30 s
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal), lock))
     try:
         study = optuna.create_study(
             study_name=sweep.args.study_name, storage=storage, directions=sweep.directions, load_if_exists=True
         )
-    except Exception as error:  # a database that does not answer, an unknown URL
+    except Exception as error:  # the database does not answer, or its URL is wrong
         raise InputError(f"--storage: {sweep.args.storage}: {' '.join(str(error).split())[:300]}") from error
-    begun, law = study.user_attrs.get("law"), json.loads(json.dumps(sweep.law()))
-    for name in law if begun else ():
-        if law[name] != begun[name]:
-            found = f"found {json.dumps(law[name])}, the study was begun with {json.dumps(begun[name])}"
-            raise InputError(f"--{name}: {found}; give that, or another --output_dir")
-    if not begun:
-        study.set_user_attr("law", law)
+    signature = json.loads(json.dumps(sweep.signature()))
+    if "law" in study.user_attrs:
+        check_signature(signature, study.user_attrs["law"])
+    else:
+        study.set_user_attr("law", signature)
     return study
 
 
+def check_signature(signature, stored):
+    """Errors: InputError that names the first value that differs from the stored one."""
+    for name, value in signature.items():
+        if value != stored[name]:
+            flag = "flags after --" if name == "trainer" else f"--{name}"
+            raise InputError(
+                f"{flag}: found {json.dumps(value)}, but this study was started with {json.dumps(stored[name])}; "
+                "use the same value, or another --output_dir"
+            )
+
+
 def drop_torn_line(journal):
-    """Cuts off a last line that a machine's crash left half-written; Optuna would refuse the whole journal."""
+    """Removes a last line that a crash of the machine left incomplete; Optuna could not read the journal with it."""
     data = journal.read_bytes() if journal.exists() else b""
     if data and not data.endswith(b"\n"):
         os.truncate(journal, data.rfind(b"\n") + 1)
 
 
 def make_sampler(sweep, proposal):
-    """TPE whose draws depend on the seed and on how many trials were proposed before, not on restarts."""
+    """A TPE sampler seeded by --seed and the number of earlier proposals, so that a restart changes nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
             seed=trainer.torch_seed(sweep.args.seed, proposal) % 2**32,
             n_startup_trials=sweep.args.startup_trials,
             multivariate=True,
-            group=True,  # parameters that apply sometimes
-            constant_liar=True,  # other workers' running trials count as bad ones
+            group=True,  # for parameters that apply only in some trials
+            constant_liar=True,  # keeps workers away from the values that others are trying
         )
 
 
@@ -484,50 +525,94 @@ def make_pruner(sweep):
 
 
 def worker_id():
-    """ "host pid start" of this process: a pid alone may be another process tomorrow."""
+    """ "host pid start" of this process. The start time is needed because pids are reused."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
 def is_alive(worker, folder):
-    """Whether a trial's process still works on it: asked on this machine, by its signs of life on another."""
+    """Whether the worker of a trial still runs. On another machine only its heartbeat file can tell."""
     if worker is None:
         return False
-    host, pid, begun = worker.split()
+    host, pid, started = worker.split()
     if host == socket.gethostname():
         try:
-            return abs(psutil.Process(int(pid)).create_time() - float(begun)) < 2
+            return abs(psutil.Process(int(pid)).create_time() - float(started)) < 2
         except psutil.NoSuchProcess:
             return False
-    clock, sign = folder.parent / f".clock-{socket.gethostname()}", folder / "heartbeat"
-    clock.touch()  # the shared filesystem's own time
-    return sign.exists() and clock.stat().st_mtime - sign.stat().st_mtime < DEAD_SECONDS
+    heartbeat = folder / "heartbeat"
+    if not heartbeat.exists():
+        return False
+    # Touch a file to get the time of the shared file system: the clocks of the machines may differ.
+    clock = folder.parent / f".clock-{socket.gethostname()}"
+    clock.touch()
+    return clock.stat().st_mtime - heartbeat.stat().st_mtime < DEAD_SECONDS
 
 
-def proposals(study):
-    """Trials that are no second attempt at another."""
-    return [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
+def trial_folder(sweep, trial):
+    """The folder of a trial. A second attempt uses the folder of the first."""
+    return sweep.folder / f"trial-{trial.user_attrs.get('retry_of', trial.number):04d}"
 
 
-def claim_trial(study, sweep):
-    """(Trial, its folder) for this process to run, or None when all are taken. Call it with the sweep's lock.
+def trial_flags(sweep, folder, searched):
+    """All flags of a trial, for its trial.yaml."""
+    steps = sweep.args.trial_steps
+    defaults = {
+        "report_to": "none",
+        "seed": sweep.args.seed,
+        "checkpointing_steps": max(1, steps // 4),
+        "checkpoints_total_limit": 1,
+        "validation_steps": max(1, steps // 8),
+        "cache_dir": str(sweep.folder / "cache"),  # all trials share one index of the data
+    }
+    imposed = {"max_train_steps": steps, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
+    return defaults | sweep.trainer_flags | searched | imposed
 
-    A trial whose worker is gone goes on where it was; then come second attempts, then new proposals.
-    """
+
+def write_yaml(path, content):
+    trainer.write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+def take_over_trial(study, sweep):
+    """A trial whose worker is gone, to continue where it stopped; None if there is none."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         folder = trial_folder(sweep, frozen)
         if not is_alive(frozen.user_attrs.get("worker"), folder):
             end_leftovers(folder)
             study.sampler = make_sampler(sweep, frozen.number)
-            trial = optuna.trial.Trial(study, frozen._trial_id)
-            break
-    else:
-        enqueue_second_attempts(study)
-        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        number = len(proposals(study))
-        if not waiting and number >= sweep.args.n_trials:
-            return None
-        study.sampler = make_sampler(sweep, number)
-        trial = study.ask()
+            return optuna.trial.Trial(study, frozen._trial_id)
+    return None
+
+
+def enqueue_second_attempts(study):
+    """Queues every trial that was killed and may be tried again."""
+    trials = study.get_trials(deepcopy=False)
+    attempts = {(t.user_attrs.get("retry_of", t.number), t.user_attrs.get("attempt", 1)) for t in trials}
+    for trial in trials:
+        first = trial.user_attrs.get("retry_of", trial.number)
+        attempt = trial.user_attrs.get("attempt", 1)
+        killed = trial.state == TrialState.FAIL and trial.user_attrs.get("reason", "").startswith("killed")
+        if killed and attempt < MAX_ATTEMPTS and (first, attempt + 1) not in attempts:
+            study.enqueue_trial(trial.params, user_attrs={"retry_of": first, "attempt": attempt + 1})
+
+
+def ask_trial(study, sweep):
+    """The next second attempt, or else a new proposal; None when the study has all its trials."""
+    enqueue_second_attempts(study)
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    proposals = [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
+    if not waiting and len(proposals) >= sweep.args.n_trials:
+        return None
+    study.sampler = make_sampler(sweep, len(proposals))
+    return study.ask()
+
+
+def claim_trial(study, sweep):
+    """(Trial, its folder) for this process to run, or None when nothing is left. Needs the sweep's lock."""
+    trial = take_over_trial(study, sweep)
+    if trial is None:
+        trial = ask_trial(study, sweep)
+    if trial is None:
+        return None
     folder = trial_folder(sweep, trial)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "heartbeat").touch()
@@ -538,41 +623,6 @@ def claim_trial(study, sweep):
     return trial, folder
 
 
-def enqueue_second_attempts(study):
-    """Queues trials that were killed and have not been tried again."""
-    trials = study.get_trials(deepcopy=False)
-    attempts = {(t.user_attrs.get("retry_of", t.number), t.user_attrs.get("attempt", 1)) for t in trials}
-    for trial in trials:
-        first, attempt = trial.user_attrs.get("retry_of", trial.number), trial.user_attrs.get("attempt", 1)
-        killed = trial.state == TrialState.FAIL and trial.user_attrs.get("reason", "").startswith("killed")
-        if killed and attempt < MAX_ATTEMPTS and (first, attempt + 1) not in attempts:
-            study.enqueue_trial(trial.params, user_attrs={"retry_of": first, "attempt": attempt + 1})
-
-
-def trial_folder(sweep, trial):
-    """A second attempt goes on in the folder of the first."""
-    return sweep.folder / f"trial-{trial.user_attrs.get('retry_of', trial.number):04d}"
-
-
-def trial_flags(sweep, folder, searched):
-    """Everything a trial gets, in the file of flags that freezes it."""
-    steps = sweep.args.trial_steps
-    defaults = {
-        "report_to": "none",
-        "seed": sweep.args.seed,
-        "checkpointing_steps": max(1, steps // 4),
-        "checkpoints_total_limit": 1,
-        "validation_steps": max(1, steps // 8),
-        "cache_dir": str(sweep.folder / "cache"),  # one index for all
-    }
-    imposed = {"max_train_steps": steps, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
-    return defaults | sweep.trainer_flags | searched | imposed
-
-
-def write_yaml(path, content):
-    trainer.write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
-
-
 # ------------------------------------------------------------------------------
 # 4 Processes
 # ------------------------------------------------------------------------------
@@ -580,39 +630,41 @@ def write_yaml(path, content):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Signals mean: let the child save, and leave; outside, they are the caller's again."""
-    before = {number: signal.signal(number, stop.receive) for number in stop.NUMBERS}
+    """While this runs, signals set `stop`; afterwards the caller's handlers are back."""
+    previous = {number: signal.signal(number, stop.receive) for number in stop.NUMBERS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
         stop.number = None
 
 
 def die_with_parent():
-    """In a child, on Linux: SIGTERM when the sweep is gone, even by SIGKILL."""
+    """In a child on Linux: requests SIGTERM for the moment when the sweep dies, even if by SIGKILL."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # the sweep died before the call
         os._exit(1)
 
 
-def start_child(command, log, extra=None):
-    """Popen of a command in a session of its own, so that a Ctrl-C reaches it through the sweep alone."""
-    env = {k: v for k, v in os.environ.items() if k != "PREEMPT_FILE"} | (extra or {})
+def start_child(command, log, variables):
+    """Starts a command with extra environment variables, in its own session: Ctrl-C reaches only the sweep."""
+    environment = dict(os.environ)
+    environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
+    environment.update(variables)
     with open(log, "ab") as stream:
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()
         return subprocess.Popen(
-            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=env, start_new_session=True,
+            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
             preexec_fn=die_with_parent,
         )  # fmt: skip
 
 
 def end_processes(processes):
-    """SIGTERM to the first, which passes it on; after STOP_SECONDS SIGKILL to what is left of all."""
+    """Sends SIGTERM to the first process, which passes it on. Kills all that still run after STOP_SECONDS."""
     with contextlib.suppress(psutil.NoSuchProcess):
         processes[0].terminate()
     _, left = psutil.wait_procs(processes, STOP_SECONDS)
@@ -623,7 +675,7 @@ def end_processes(processes):
 
 
 def end_child(child):
-    """Ends a child and all that it started."""
+    """Ends a child and all its descendants."""
     try:
         parent = psutil.Process(child.pid)
         end_processes([parent, *parent.children(recursive=True)])
@@ -633,7 +685,7 @@ def end_child(child):
 
 
 def end_leftovers(folder):
-    """Ends trainers and evaluations of this machine that still work in a dead worker's trial."""
+    """Ends trainers and evaluations on this machine that still work in the trial of a dead worker."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
         ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
@@ -643,7 +695,7 @@ def end_leftovers(folder):
 
 
 def launch(sweep, script, words):
-    """The command that runs a script of the project on a trial's processes, on a port of its own."""
+    """The command that runs a script of this project with --processes_per_trial processes, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -653,139 +705,169 @@ def launch(sweep, script, words):
 
 
 # ------------------------------------------------------------------------------
-# 5 Trial: train, watch, judge
+# 5 Trial
 # ------------------------------------------------------------------------------
 
 
 class TrialFailed(Exception):
-    """A trial that ended with a fault of its own; the message is the reason."""
+    """The trial failed by its own fault; the message is the reason."""
 
 
 class TrialKilled(TrialFailed):
-    """A trial whose process was killed from outside."""
+    """A process of the trial was killed from outside."""
 
 
 def validation_rows(folder):
-    """[(step, validation loss)] of a run so far, each step once."""
-    path, found = folder / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line may be under way
+    """[(step, validation loss)] that a run has logged so far, each step once."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    found = {}
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the trainer may be writing the last line
             row = json.loads(line)
             if row.get("val_loss") is not None:
                 found[row["step"]] = row["val_loss"]
     return sorted(found.items())
 
 
+def read_log(path):
+    """Text of a log; progress bars overwrite their line with \\r, here each state is a line."""
+    return path.read_text(errors="replace").replace("\r", "\n")
+
+
+def tail_of(log, lines=LOG_TAIL):
+    return "\n".join(read_log(log).splitlines()[-lines:])
+
+
 def read_reason(log, code):
-    """Why a process failed: the last line that says so, or the last line."""
-    text = log.read_text(errors="replace").replace("\r", "\n")
-    own = re.findall(r"\w+\.py: error: (.+)", text)  # the scripts' words, before what a launcher adds
-    told = re.findall(r".*(?:Error: |OutOfMemory).*", text) or re.findall(r".*\S.*", text) or ["no word"]
-    return f"exit {code}: {(own or told)[-1].strip()[:500]}"
+    """Why a process failed: its last error message, or else the last line of its log."""
+    text = read_log(log)
+    own_errors = r"\w+\.py: error: (.+)"  # first choice, since a launcher adds errors of its own
+    any_errors = r".*(?:Error: |OutOfMemory).*"
+    any_lines = r".*\S.*"
+    for pattern in (own_errors, any_errors, any_lines):
+        found = re.findall(pattern, text)
+        if found:
+            return f"exit {code}: {found[-1].strip()[:500]}"
+    return f"exit {code}: the log is empty"
 
 
-def watch(child, folder, look=lambda: None):
-    """Waits for a child; ends it when `look` raises.
+def watch(child, folder, on_poll=lambda: None):
+    """Waits for a child and calls `on_poll` regularly. The child is ended when `on_poll` raises.
 
-    Errors: TrialFailed and TrialKilled when it failed, KeyboardInterrupt when the sweep was told to stop.
+    Errors: TrialFailed or TrialKilled when the child failed, KeyboardInterrupt when the sweep received a signal.
     """
-    beat = 0.0
+    last_beat = 0.0
     try:
         while child.poll() is None:
             if stop:
                 raise KeyboardInterrupt
-            if time.monotonic() - beat > HEARTBEAT_SECONDS:
+            if time.monotonic() - last_beat > HEARTBEAT_SECONDS:
                 (folder / "heartbeat").touch()
-                beat = time.monotonic()
-            look()
+                last_beat = time.monotonic()
+            on_poll()
             time.sleep(POLL_SECONDS)
     finally:
         end_child(child)
-    if stop:  # SLURM tells the child too, which may be the first to go
+    if stop:  # SLURM signals the child too, and the child may exit first
         raise KeyboardInterrupt
-    if child.returncode:
-        reason = read_reason(folder / "log.txt", child.returncode)
-        killed = re.search(r"Signal 9|SIGKILL|exitcode +: -9", tail_of(folder / "log.txt"))
-        raise (TrialKilled if child.returncode == -signal.SIGKILL or killed else TrialFailed)(reason)
+    if child.returncode == 0:
+        return
+    reason = read_reason(folder / "log.txt", child.returncode)
+    launcher_saw_kill = re.search(r"Signal 9|SIGKILL|exitcode +: -9", tail_of(folder / "log.txt"))
+    if launcher_saw_kill or child.returncode == -signal.SIGKILL:
+        raise TrialKilled(reason)
+    raise TrialFailed(reason)
 
 
-def tail_of(log, lines=LOG_TAIL):
-    return "\n".join(log.read_text(errors="replace").replace("\r", "\n").splitlines()[-lines:])
-
-
-def child_environment(sweep):
-    accelerators = torch.cuda.is_available() or torch.backends.mps.is_available()
-    env = {} if accelerators else {"ACCELERATE_USE_CPU": "true"}
-    return env | {"WANDB_RUN_GROUP": sweep.args.study_name, "PYTHONWARNINGS": "ignore"}
+def child_environment(sweep, **variables):
+    """Environment variables for a child, besides those of this process."""
+    variables["WANDB_RUN_GROUP"] = sweep.args.study_name
+    variables["PYTHONWARNINGS"] = "ignore"
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        variables["ACCELERATE_USE_CPU"] = "true"
+    return variables
 
 
 def train(sweep, study, trial, folder):
-    """Runs the trainer on trial.yaml. Errors: TrialPruned when its validation loss is hopeless."""
+    """Runs the trainer on trial.yaml. Errors: TrialPruned when the validation loss is poor, and those of `watch`."""
     reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    seen = set(sorted(reported)[:-1])  # a sweep that died may have left the last one undecided
-    sign = -1 if sweep.directions[0] == "maximize" else 1  # the pruner follows the study's direction
+    checked = set(sorted(reported)[:-1])  # the sweep may have died before it could prune at the last reported step
+    sign = -1 if sweep.directions[0] == "maximize" else 1  # the pruner compares in the study's direction
 
-    def look():
-        for step, loss in validation_rows(folder) if len(sweep.directions) == 1 else ():
-            if step in seen:
+    def report_losses():
+        if len(sweep.directions) > 1:
+            return  # Optuna takes no intermediate values in a study of several objectives
+        for step, loss in validation_rows(folder):
+            if step in checked:
                 continue
-            seen.add(step)
+            checked.add(step)
             if step not in reported:
                 trial.report(sign * loss, step)
             if sweep.prunes and step < sweep.args.trial_steps and trial.should_prune():
                 raise optuna.TrialPruned(f"validation loss {loss:.5f} at step {step}")
 
-    look()
+    report_losses()
     command = launch(sweep, "train_sdxl_lora.py", ["--config", str(folder / "trial.yaml")])
-    env = child_environment(sweep) | {"WANDB_NAME": folder.name, "WANDB_JOB_TYPE": "trial"}
-    watch(start_child(command, folder / "log.txt", env), folder, look)
-    look()  # the last rows
+    environment = child_environment(sweep, WANDB_NAME=folder.name, WANDB_JOB_TYPE="trial")
+    watch(start_child(command, folder / "log.txt", environment), folder, report_losses)
+    report_losses()  # the rows since the last poll
     if not (folder / f"checkpoint-{sweep.args.trial_steps}").exists():
-        raise TrialKilled("told to stop from outside before its last step")
-    last = validation_rows(folder)
-    if last and last[-1][1] != last[-1][1]:
+        raise TrialKilled("stopped from outside before its last step")
+    losses = validation_rows(folder)
+    if losses and math.isnan(losses[-1][1]):
         raise TrialFailed("the validation loss is not a number")
 
 
-def judge(sweep, folder):
-    """Runs evaluate.py on what a trial trained."""
-    refiner = sweep.trainer_args.stage == "refiner"
-    flags = sweep.evaluation | {"output_dir": str(folder / "evaluation"), "images_dir": str(sweep.folder / "images")}
-    flags |= {"refiner_lora": str(folder)} if refiner else {"lora": [str(folder)]}
+def score_trial(sweep, folder):
+    """Runs evaluate.py on the LoRA of a trial. Errors: those of `watch`."""
+    flags = dict(sweep.evaluation)
+    flags["output_dir"] = str(folder / "evaluation")
+    flags["images_dir"] = str(sweep.folder / "images")
+    if sweep.trainer_args.stage == "refiner":
+        flags["refiner_lora"] = str(folder)
+    else:
+        flags["lora"] = [str(folder)]
     command = launch(sweep, "evaluate.py", to_words(flags))
     watch(start_child(command, folder / "log.txt", child_environment(sweep)), folder)
 
 
 def read_values(sweep, trial, path):
-    """[value, …] of the objective, of evaluate.py's metrics.json; the trial gets all its metrics."""
-    *_, entry = json.loads(path.read_text())["models"].values()
+    """[value of each objective] in evaluate.py's metrics.json. All its metrics are stored in the trial."""
+    models = json.loads(path.read_text())["models"]
+    entry = list(models.values())[-1]  # the first is the base model
     trial.set_user_attr("metrics", {name: entry[name] for name in evaluate.METRICS if name in entry})
     missing = [name for name in sweep.metrics if name not in entry]
     if missing:
-        raise TrialFailed(f"the evaluation has no {missing[0]}; give it an aesthetic_head")
+        raise TrialFailed(f"the evaluation has no {missing[0]}; set aesthetic_head in the file of --evaluation")
     return [entry[metric]["mean"] for metric in sweep.metrics]
 
 
 def run_trial(sweep, study, trial, folder):
-    """(TrialState, values, reason). Errors: KeyboardInterrupt when told to stop; the trial then stays as it is."""
-    verdict = folder / "evaluation/metrics.json"
+    """(TrialState, values, reason) of a trial, run from where it stopped.
+
+    Errors: KeyboardInterrupt when the sweep received a signal; the trial can be continued later.
+    """
+    metrics_file = folder / "evaluation/metrics.json"
     try:
-        if not verdict.exists():  # else a sweep died before it could tell
+        if not metrics_file.exists():  # it exists when the sweep died before it could record the result
             train(sweep, study, trial, folder)
         if sweep.metrics is None:
             return TrialState.COMPLETE, [validation_rows(folder)[-1][1]], None
-        if not verdict.exists():
-            judge(sweep, folder)
-        return TrialState.COMPLETE, read_values(sweep, trial, verdict), None
+        if not metrics_file.exists():
+            score_trial(sweep, folder)
+        return TrialState.COMPLETE, read_values(sweep, trial, metrics_file), None
     except optuna.TrialPruned as pruned:
         return TrialState.PRUNED, None, str(pruned)
+    except TrialKilled as killed:
+        return TrialState.FAIL, None, f"killed, {killed}"
     except TrialFailed as failed:
-        killed = isinstance(failed, TrialKilled)
-        return TrialState.FAIL, None, f"killed, {failed}" if killed else str(failed)
+        return TrialState.FAIL, None, str(failed)
 
 
 def tell(study, trial, folder, state, values, reason):
-    """Records how a trial ended. Call it with the sweep's lock."""
+    """Records the result of a trial. Needs the sweep's lock."""
     if reason:
         trial.set_user_attr("reason", reason)
     if state == TrialState.FAIL:
@@ -794,7 +876,7 @@ def tell(study, trial, folder, state, values, reason):
 
 
 def ranked(study):
-    """Finished trials, the best first; of several objectives those of the front come first."""
+    """Finished trials, best first. With several objectives, those on the Pareto front come first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(study.directions) == 1:
         sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
@@ -804,18 +886,25 @@ def ranked(study):
 
 
 def remove_big_files(study, sweep):
-    """Weights and pictures of all finished trials but the best --keep_trials. Call it with the sweep's lock."""
+    """Deletes weights and images of all finished trials except the best --keep_trials. Needs the sweep's lock."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     busy = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     kept = [trial_folder(sweep, t) for t in [*ranked(study)[: sweep.args.keep_trials], *busy]]
     for folder in {trial_folder(sweep, t) for t in ended} - set(kept):
-        pictures = folder / "evaluation/per_image.csv"
-        if pictures.exists():
-            with open(pictures, newline="", encoding="utf-8") as file:
-                *_, last = csv.DictReader(file)  # of the trial itself; the base model's are everybody's
-            shutil.rmtree((pictures.parent / last["file"]).parent, ignore_errors=True)
-        for path in [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors")]:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        remove_images(folder / "evaluation")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink(missing_ok=True)
+
+
+def remove_images(evaluation):
+    """Deletes the images of a trial's model. Those of the base model stay: all trials share them."""
+    table = evaluation / "per_image.csv"
+    if table.exists():
+        with open(table, newline="", encoding="utf-8") as file:
+            *_, last = csv.DictReader(file)  # the rows of the base model come first
+        shutil.rmtree((evaluation / last["file"]).parent, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------
@@ -824,35 +913,61 @@ def remove_big_files(study, sweep):
 
 
 def decode_params(sweep, params):
-    """{flag: value} as the trainer takes them, of what Optuna holds."""
-    coded = {p.flag for p in sweep.space if p.choices and not p.plain}
-    return {name: json.loads(value) if name in coded else value for name, value in params.items()}
+    """{flag: value} for the trainer, from the values that Optuna stores."""
+    encoded = {parameter.flag for parameter in sweep.space if parameter.stored_as_json}
+    return {name: json.loads(value) if name in encoded else value for name, value in params.items()}
 
 
 def finished_values(trial):
-    """[value, …] of the objective; none of a pruned trial, whose value is its last validation loss."""
+    """[value of each objective]; empty unless the trial finished, since Optuna's value of a pruned trial is a loss."""
     return trial.values if trial.state == TrialState.COMPLETE else []
 
 
+def validation_losses(trial):
+    """{step: validation loss}. A study that maximizes stores them with a minus sign, see `train`."""
+    return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
+
+
+def format_value(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_params(params):
+    return ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
+
+
+def describe(trial):
+    return f"trial {trial.number}: {format_params(trial.params)}"
+
+
 def write_best_params(study, sweep):
-    """best_params.yaml: the flags after -- and the best trial's, for `train_sdxl_lora.py --config`."""
+    """best_params.yaml: the flags after -- and those of the best trial, for `train_sdxl_lora.py --config`."""
     best = ranked(study)[:1]
     if best:
-        own = {"seed": sweep.args.seed} | sweep.trainer_flags | decode_params(sweep, best[0].params)
-        write_yaml(sweep.folder / "best_params.yaml", own | {"output_dir": str(sweep.folder / "best")})
+        flags = {"seed": sweep.args.seed}
+        flags.update(sweep.trainer_flags)
+        flags.update(decode_params(sweep, best[0].params))
+        flags["output_dir"] = str(sweep.folder / "best")
+        write_yaml(sweep.folder / "best_params.yaml", flags)
+
+
+def table_row(sweep, trial):
+    """{column: value} of a trial for trials.csv."""
+    names = sweep.metrics or ("val_loss",)
+    params = decode_params(sweep, trial.params)
+    losses = list(validation_losses(trial).values())
+    row = {"trial": trial.number, "folder": trial_folder(sweep, trial).name, "state": trial.state.name.lower()}
+    row.update(itertools.zip_longest(names, finished_values(trial)))
+    row.update((parameter.flag, params.get(parameter.flag)) for parameter in sweep.space)
+    row["last_val_loss"] = losses[-1] if losses else None
+    row["seconds"] = round(trial.duration.total_seconds(), 1) if trial.duration else None
+    row["reason"] = trial.user_attrs.get("reason")
+    return row
 
 
 def write_trials_csv(study, sweep):
-    """trials.csv: a row per trial."""
-    names = sweep.metrics or ("val_loss",)
-    rows = []
-    for t in study.get_trials(deepcopy=False):
-        row = {"trial": t.number, "folder": trial_folder(sweep, t).name, "state": t.state.name.lower()}
-        row |= dict(zip(names, finished_values(t) or [None] * len(names)))
-        row |= {p.flag: decode_params(sweep, t.params).get(p.flag) for p in sweep.space}
-        row["last_val_loss"] = abs(t.intermediate_values[t.last_step]) if t.intermediate_values else None
-        row["seconds"] = round(t.duration.total_seconds(), 1) if t.duration else None
-        rows.append(row | {"reason": t.user_attrs.get("reason")})
+    """trials.csv: one row per trial."""
+    rows = [table_row(sweep, trial) for trial in study.get_trials(deepcopy=False)]
     if rows:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -861,229 +976,204 @@ def write_trials_csv(study, sweep):
         trainer.write_file(sweep.folder / "trials.csv", text.getvalue().encode())
 
 
-@dataclass
-class Axis:
-    """Places values in [0, 1]: numbers along a line, or of a logarithm; others side by side in their order."""
+def draw_chart(study, plot, caption, **options):
+    """(caption, inline SVG) of the Axes that `plot(study, **options)` makes with pyplot."""
+    from matplotlib import pyplot  # here, since an import at the top would delay every start
 
-    values: list
-    log: bool = False
-
-    def __post_init__(self):
-        self.numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.values)
-        if self.numbers:
-            self.low, self.high = self.scale(min(self.values)), self.scale(max(self.values))
-        else:
-            self.names = sorted(set(map(str, self.values)))
-
-    def scale(self, value):
-        return math.log10(value) if self.log else value
-
-    def place(self, value):
-        if self.numbers:
-            return (self.scale(value) - self.low) / (self.high - self.low) if self.high > self.low else 0.5
-        return (self.names.index(str(value)) + 0.5) / len(self.names)
-
-    def ticks(self):
-        """[(place, label)]."""
-        if not self.numbers:
-            return [(self.place(name), name) for name in self.names]
-        distinct = sorted(set(self.values))
-        if len(distinct) > 5:
-            distinct = [distinct[0], distinct[-1]]
-        return [(self.place(value), f"{value:.4g}") for value in distinct]
+    pyplot.switch_backend("Agg")  # no window
+    style = {"figure.figsize": (4.4, 2.8), "figure.constrained_layout.use": True, "axes.formatter.limits": (-3, 5)}
+    with warnings.catch_warnings(), pyplot.rc_context(style):  # Optuna changes the style of the whole process
+        warnings.simplefilter("ignore")  # these functions are experimental; with few trials they warn of little data
+        figure = plot(study, **options).figure
+        for axes in figure.axes:
+            restyle(axes)
+        figure.set_layout_engine("constrained")  # the history has another one
+        chart = evaluate.figure_svg(figure, caption)
+    pyplot.close(figure)
+    return caption, chart
 
 
-def draw_plot(x, y, marks, lines=(), label="", width=420, height=220):
-    """SVG of `marks` [(x, y, class, text)] and `lines` [([(x, y), …], class)] on two Axis."""
-    left, bottom, top = 56, height - 26, 12
-
-    def at(a, b):
-        return left + (width - left - 16) * x.place(a), bottom - (bottom - top) * y.place(b)
-
-    parts = [f"<path class=axis d='M{left} {top}V{bottom}H{width - 8}'/>"]
-    for place, name in x.ticks():
-        spot = left + (width - left - 16) * place
-        parts.append(f"<text x='{spot:.1f}' y='{height - 8}' text-anchor=middle>{html.escape(name)}</text>")
-    for place, name in y.ticks()[:: max(1, len(y.ticks()) - 1)]:
-        parts.append(f"<text x={left - 6} y='{bottom - (bottom - top) * place + 4:.1f}' text-anchor=end>{name}</text>")
-    for points, kind in lines:
-        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
-        parts.append(f"<polyline class={kind} points='{path}'/>")
-    for a, b, kind, text in marks:
-        cx, cy = at(a, b)
-        parts.append(
-            f"<circle class={kind} cx='{cx:.1f}' cy='{cy:.1f}' r=4><title>{html.escape(text)}</title></circle>"
-        )
-    title = html.escape(label)
-    svg = f"<svg viewBox='0 0 {width} {height}' role=img aria-label='{title}'>{''.join(parts)}</svg>"
-    return f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
-
-
-def describe(trial):
-    return f"trial {trial.number}: " + ", ".join(f"{k} {format_value(v)}" for k, v in trial.params.items())
-
-
-def format_value(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def restyle(axes):
+    """Changes Axes of Optuna to the style of the page, and makes small charts readable."""
+    axes.set_title("", loc="center")
+    axes.set_title("", loc="left")
+    axes.set_facecolor("none")
+    axes.grid(False)
+    axes.tick_params(colors="black", labelsize=9)
+    for spine in axes.spines.values():
+        spine.set_color("black")
+    for bar in axes.patches:
+        bar.set_color("tab:blue")
+    for line in axes.lines:
+        line.set_alpha(1)
+    for points in axes.collections:
+        points.set_cmap("cool")  # can be seen on white and on black
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color="black", fontsize=10)
+        if isinstance(axis.get_major_locator(), ticker.MaxNLocator):
+            counts = axis.label.get_text() in ("Trial", "step")
+            axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=counts, min_n_ticks=1))
+    if isinstance(axes.xaxis.get_major_formatter(), category.StrCategoryFormatter):
+        longest = max(len(label.get_text()) for label in axes.get_xticklabels())
+        if longest * len(axes.get_xticks()) > 40:  # horizontal labels would overlap
+            axes.tick_params(axis="x", labelrotation=20)
+    if axes.get_legend():
+        axes.get_legend().remove()  # Optuna's legend is outside of the axes and shrinks them
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, fontsize=9)
 
 
-def plot_history(done, sweep, index):
-    """The objective over trials, and the best so far."""
-    best, line = None, []
-    better = max if sweep.directions[index] == "maximize" else min
-    for trial in done:
-        best = trial.values[index] if best is None else better(best, trial.values[index])
-        line.append((trial.number, best))
-    name = (sweep.metrics or ("validation loss",))[index]
-    x, y = Axis([t.number for t in done]), Axis([t.values[index] for t in done])
-    marks = [(t.number, t.values[index], "done", describe(t)) for t in done]
-    return draw_plot(x, y, marks, [(line, "best")], f"{name} of each trial, and the best so far")
+def plot_validation_losses(study):
+    """Axes with the validation loss of each trial over its steps. Pruned and failed trials are grey."""
+    from matplotlib import pyplot
+
+    _, axes = pyplot.subplots()
+    axes.set(xlabel="step", ylabel="validation loss")
+    for trial in study.get_trials(deepcopy=False):
+        losses = validation_losses(trial)
+        color = "tab:grey" if trial.state in (TrialState.PRUNED, TrialState.FAIL) else "tab:blue"
+        axes.plot(list(losses), list(losses.values()), color=color, marker=".", markersize=4, linewidth=0.8)
+    return axes
 
 
-def plot_losses(trials, sign):
-    """The validation loss of every trial as it trained; pruned ones are grey."""
-    shown = [t for t in trials if t.intermediate_values]
-    points = {t.number: [(s, sign * v) for s, v in sorted(t.intermediate_values.items())] for t in shown}
-    flat = [point for line in points.values() for point in line]
-    if not flat:
-        return ""
-    x, y = Axis([step for step, _ in flat]), Axis([loss for _, loss in flat])
-    kinds = {t.number: "pruned" if t.state == TrialState.PRUNED else "best" for t in shown}
-    marks = [
-        (*line[-1], kinds[n], f"trial {n}: {line[-1][1]:.5f} at step {line[-1][0]}") for n, line in points.items()
-    ]
-    lines = [(line, kinds[n]) for n, line in points.items()]
-    return draw_plot(x, y, marks, lines, "validation loss over steps; grey: pruned")
+def objective_targets(sweep):
+    """[(name, function of a trial)] per objective. None for a single one: only then Optuna draws the best so far."""
+    if len(sweep.directions) == 1:
+        return [(sweep.objective_names[0], None)]
+    return [(name, lambda trial, i=i: trial.values[i]) for i, name in enumerate(sweep.objective_names)]
 
 
-def plot_slices(done, sweep, index):
-    """The objective over each parameter."""
-    name, plots = (sweep.metrics or ("validation loss",))[index], []
-    for parameter in sweep.space:
-        own = [t for t in done if parameter.flag in t.params]
-        if own:
-            x = Axis([t.params[parameter.flag] for t in own], parameter.log)
-            marks = [(t.params[parameter.flag], t.values[index], "done", describe(t)) for t in own]
-            plots.append(
-                draw_plot(x, Axis([t.values[index] for t in own]), marks, (), f"{name} over {parameter.flag}")
-            )
-    return "".join(plots)
+def draw_charts(study, sweep):
+    """{heading: [(caption, SVG)]} of the charts for which there are enough trials."""
+    plots = optuna.visualization.matplotlib  # Optuna imports it at this first use
+    trials = study.get_trials(deepcopy=False)
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    searched = [p.flag for p in sweep.space if any(p.flag in trial.params for trial in done)]
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # arXiv:2304.10255
+    progress, importance, slices = [], [], []
+    for name, target in objective_targets(sweep):
+        draw = functools.partial(draw_chart, study, target=target, target_name=name)
+        if done:
+            progress.append(draw(plots.plot_optimization_history, f"{name} of each trial"))
+        if len(done) > 1:
+            importance.append(draw(plots.plot_param_importances, f"importance for {name}", evaluator=evaluator))
+            slices += [draw(plots.plot_slice, f"{name} over {flag}", params=[flag]) for flag in searched]
+    if done and len(sweep.directions) > 1:
+        caption = "Pareto front: no trial is better in one objective and at least as good in the other"
+        progress.append(draw_chart(study, plots.plot_pareto_front, caption, target_names=sweep.objective_names))
+    if any(trial.intermediate_values for trial in trials):
+        progress.append(draw_chart(study, plot_validation_losses, "validation loss; grey: pruned or failed trials"))
+    return {"Progress": progress, "Importance": importance, "Slices": slices}
 
 
-def importance_table(study, index):
-    """How much of the objective's spread each parameter explains, by PED-ANOVA (arXiv:2304.10255)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            found = optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), target=lambda t: t.values[index]
-            )
-        except Exception:  # too few trials, or a parameter that is always the same
-            return ""
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td><meter value='{share:.3f}'></meter> {100 * share:.0f} %</td></tr>"
-        for name, share in found.items()
-    )
-    return f"<table>{rows}</table>"
-
-
-def best_section(study, sweep):
-    """The best trials: what was set, what came out, pictures."""
-    parts = []
+def best_trials(study, sweep):
+    """What the report shows of the best trials: flags, metrics, and a picture of the base model beside the trial."""
+    best = []
     for trial in ranked(study)[: sweep.args.keep_trials]:
-        folder = trial_folder(sweep, trial)
         metrics = trial.user_attrs.get("metrics", {})
-        shown = ", ".join(f"{evaluate.METRICS[k]} {v['mean']:.3f}" for k, v in metrics.items())
-        grid, picture = folder / "evaluation/grid.png", ""
-        if grid.exists():
-            image, prompts = evaluate.Image.open(grid), len(evaluate.read_panel(sweep.evaluation.get("prompts")))
-            first = image.crop((0, 0, image.width, image.height // prompts * min(prompts, 6)))
-            picture = f"<img src='{evaluate.data_uri(first, 768)}' alt='base model and trial {trial.number}'>"
-        values = ", ".join(f"{value:.4f}" for value in trial.values)
-        chosen = html.escape(describe(trial).partition(": ")[2])
-        parts.append(f"<section><h3>trial {trial.number}: {values}</h3><p>{chosen}</p>")
-        parts.append(f"<p><small>{html.escape(shown)}</small></p>{picture}</section>")
-    return "".join(parts)
+        best.append({
+            "number": trial.number,
+            "result": ", ".join(f"{value:.4f}" for value in trial.values),
+            "params": format_params(trial.params),
+            "metrics": ", ".join(f"{evaluate.METRICS[name]} {found['mean']:.3f}" for name, found in metrics.items()),
+            "picture": read_grid(sweep, trial_folder(sweep, trial) / "evaluation/grid.png"),
+        })  # fmt: skip
+    return best
 
 
-def trials_table(study, sweep):
-    rows, names = [], sweep.metrics or ("validation loss",)
-    for t in study.get_trials(deepcopy=False):
-        params = decode_params(sweep, t.params)
-        cells = [format_value(params.get(p.flag, "–")) for p in sweep.space]
-        values = [f"{value:.4f}" for value in finished_values(t)] or ["–"] * len(names)
-        state = t.state.name.lower() + (f": {t.user_attrs['reason']}" if "reason" in t.user_attrs else "")
-        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in [*values, *cells, state])
-        rows.append(f"<tr><th>{t.number}</th>{line}</tr>")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in [*names, *(p.flag for p in sweep.space), "state"])
-    return f"<div class=scroll><table><tr><th>trial</th>{head}</tr>{''.join(rows)}</table></div>"
+def read_grid(sweep, path):
+    """Data URI of the first six prompts of an evaluation's grid, or None without a grid."""
+    if not path.exists():
+        return None
+    with Image.open(path) as grid:
+        prompts = len(evaluate.read_panel(sweep.evaluation.get("prompts")))
+        height = grid.height // prompts * min(prompts, 6)
+        return evaluate.data_uri(grid.crop((0, 0, grid.width, height)), 768)
 
 
-PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>Sweep</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#0a6, #4d9) }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
-h1 { font-size: 1.6rem; line-height: 1.2 } h3 { font-size: 1rem; margin: 0 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-.plots, .best { display: grid; gap: 1rem 2rem }
-.plots, .best { grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
-figure { margin: 0 } figcaption { font-size: .9rem } img { max-width: 100%; image-rendering: auto }
-svg { width: 100%; fill: none } svg text { fill: currentColor; font-size: 12px }
-.axis { stroke: #888 } polyline.best { stroke: var(--accent); stroke-width: 1.5 } polyline.pruned { stroke: #888a }
-circle.done, circle.best { fill: var(--accent) } circle.pruned { fill: #888 } meter { width: 8rem }
-pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) }
-</style>
-<h1>$title</h1>
-<p>$intro</p>
-<h2>Best trials</h2><div class=best>$best</div>
-<h2>How it went</h2><div class=plots>$plots</div>
-$importance
-<h2>Slices</h2><div class=plots>$slices</div>
-<h2>All trials</h2>$trials
-<h2>How this was made</h2><pre>$command</pre><p><small>$versions</small></p>
-</html>
-""")
+def report_rows(study, sweep):
+    """[(trial number, its other cells)] for the table of the report."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        params = decode_params(sweep, trial.params)
+        values = [f"{value:.4f}" for value in finished_values(trial)] or ["–"] * len(sweep.directions)
+        flags = [format_value(params.get(parameter.flag, "–")) for parameter in sweep.space]
+        cells = [*values, *flags, trial.state.name.lower(), trial.user_attrs.get("reason", "")]
+        rows.append((trial.number, cells))
+    return rows
+
+
+BODY = """
+<h1>{{ title }}</h1>
+<p>Objective: {{ objective }}. Each trial trains for {{ steps }} steps.
+Use best_params.yaml as --config of a full run.</p>
+
+<h2>Best trials</h2>
+<div class="best">
+{% for trial in best %}
+<section>
+<h3>Trial {{ trial.number }}: {{ trial.result }}</h3>
+<p>{{ trial.params }}</p>
+<p><small>{{ trial.metrics }}</small></p>
+{% if trial.picture %}
+<img src="{{ trial.picture }}" alt="base model and trial {{ trial.number }}">
+{% endif %}
+</section>
+{% else %}
+<p>No trial has finished yet.</p>
+{% endfor %}
+</div>
+
+{% for heading, charts in sections.items() if charts %}
+<h2>{{ heading }}</h2>
+<div class="plots">
+{% for caption, chart in charts %}
+<figure>{{ chart }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% endfor %}
+
+<h2>All trials</h2>
+{% if rows %}
+<div class="scroll">
+<table>
+<tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for number, cells in rows %}
+<tr><th>{{ number }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+</div>
+{% else %}
+<p>No trial has started yet.</p>
+{% endif %}
+
+<h2>How this report was made</h2>
+<pre>{{ command }}</pre>
+<p><small>{{ versions }}</small></p>
+"""
 
 
 def write_report(study, sweep, argv):
-    """report.html: one file, no request to anywhere."""
-    trials = study.get_trials(deepcopy=False)
-    done = [t for t in trials if t.state == TrialState.COMPLETE]
-    count = {state: sum(t.state == state for t in trials) for state in TrialState}
-    title = f"{count[TrialState.COMPLETE]} trials finished, {count[TrialState.PRUNED]} pruned, "
-    title += f"{count[TrialState.FAIL]} failed, {count[TrialState.RUNNING]} running"
-    objectives = range(len(sweep.directions)) if done else ()  # of pareto there are two
-    plots = [plot_history(done, sweep, i) for i in objectives]
-    if len(sweep.directions) == 2 and done:
-        front = {t.number for t in study.best_trials}
-        marks = [(*t.values, "done" if t.number in front else "pruned", describe(t)) for t in done]
-        axes = [Axis([t.values[i] for t in done]) for i in (0, 1)]
-        line = sorted((tuple(t.values), "") for t in done if t.number in front)
-        label = f"{sweep.metrics[1]} over {sweep.metrics[0]}; the line is the front"
-        plots.append(draw_plot(*axes, marks, [([point for point, _ in line], "best")], label))
-    else:
-        plots.append(plot_losses(trials, -1 if sweep.directions[0] == "maximize" else 1))
-    importance = "".join(importance_table(study, i) for i in objectives)
-    page = PAGE.substitute(
-        title=title,
-        intro=f"Objective: {html.escape(sweep.args.objective)}, {sweep.args.trial_steps} steps a trial. "
-        "best_params.yaml is a --config file for the full run.",
-        best=best_section(study, sweep) or "<p>None has finished yet.</p>",
-        plots="".join(plots),
-        importance=f"<h2>Importance</h2>{importance}" if importance else "",
-        slices="".join(plot_slices(done, sweep, i) for i in objectives),
-        trials=trials_table(study, sweep),
-        command=html.escape(" ".join(["hpo_sweep.py", *map(shlex.quote, argv)])),
-        versions=html.escape(f"optuna {optuna.__version__}, torch {torch.__version__}"),
+    """report.html: a single file that loads nothing from anywhere."""
+    count = collections.Counter(trial.state for trial in study.get_trials(deepcopy=False))
+    page = evaluate.render_page(
+        BODY,
+        title=f"Trials: {count[TrialState.COMPLETE]} finished, {count[TrialState.PRUNED]} pruned, "
+        f"{count[TrialState.FAIL]} failed, {count[TrialState.RUNNING]} running",
+        objective=sweep.args.objective,
+        steps=sweep.args.trial_steps,
+        best=best_trials(study, sweep),
+        sections=draw_charts(study, sweep),
+        columns=["trial", *sweep.objective_names, *(parameter.flag for parameter in sweep.space), "state", "reason"],
+        rows=report_rows(study, sweep),
+        command=shlex.join(["hpo_sweep.py", *argv]),
+        versions=f"optuna {optuna.__version__}, torch {torch.__version__}",
     )
     trainer.write_file(sweep.folder / "report.html", page.encode())
 
 
 def write_outputs(study, sweep, argv):
-    """Call it with the sweep's lock."""
+    """Writes best_params.yaml, trials.csv and report.html. Needs the sweep's lock."""
     write_best_params(study, sweep)
     write_trials_csv(study, sweep)
     write_report(study, sweep, argv)
@@ -1094,17 +1184,19 @@ def write_outputs(study, sweep, argv):
 # ------------------------------------------------------------------------------
 
 
-def log_end(study, sweep, trial, state, values, reason):
-    told = {TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}.get(state, "finished")
-    names = sweep.metrics or ("validation loss",)
-    shown = ", ".join(f"{n} {v:.4f}" for n, v in zip(names, values or ()))
-    best = ranked(study)[:1]
-    so_far = f" (best: trial {best[0].number})" if best and values else ""
-    logger.info("trial %d %s: %s%s", trial.number, told, reason or shown, so_far)
+def log_result(study, sweep, trial, state, values, reason):
+    if state == TrialState.COMPLETE:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(sweep.objective_names, values))
+        best = ranked(study)[0].number
+        logger.info("trial %d finished: %s (best: trial %d)", trial.number, shown, best)
+    elif state == TrialState.PRUNED:
+        logger.info("trial %d pruned: %s", trial.number, reason)
+    else:
+        logger.info("trial %d failed: %s", trial.number, reason)
 
 
-def work(sweep, argv):
-    """Runs trials until all are taken or a signal says stop."""
+def run_trials(sweep, argv):
+    """Runs trials until the study has all of them or a signal arrives. Returns the study."""
     with sweep.lock:
         study = open_study(sweep)
     study.pruner = make_pruner(sweep)
@@ -1123,33 +1215,39 @@ def work(sweep, argv):
             tell(study, trial, folder, state, values, reason)
             remove_big_files(study, sweep)
             write_outputs(study, sweep, argv)
-        log_end(study, sweep, trial, state, values, reason)
+        log_result(study, sweep, trial, state, values, reason)
     with sweep.lock:
         write_outputs(study, sweep, argv)
     return study
 
 
 def split_gpus(visible, workers, each):
-    """[CUDA_VISIBLE_DEVICES of each worker], of the names in this process's own; Nones without GPUs."""
+    """[CUDA_VISIBLE_DEVICES of each worker], given that of this process; None for each without GPUs."""
     gpus = [gpu for gpu in visible.split(",") if gpu]
-    return [",".join(gpus[n * each : (n + 1) * each]) if gpus else None for n in range(workers)]
+    if not gpus:
+        return [None] * workers
+    return [",".join(gpus[n * each : (n + 1) * each]) for n in range(workers)]
 
 
-def share_out(sweep, argv):
-    """Runs --workers processes of this script, each on its share of the GPUs; their worst exit status."""
+def start_worker(argv, gpus):
+    """Starts this script as a single worker that sees only these GPUs."""
     own, words = split_words(argv)
+    command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
+    environment = dict(os.environ)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+
+
+def run_workers(sweep, argv):
+    """Runs --workers processes of this script, each with its share of the GPUs. Returns their worst exit status."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    workers = []
-    for gpus in split_gpus(visible, sweep.args.workers, sweep.args.processes_per_trial):
-        share = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
-        command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
-        workers.append(
-            subprocess.Popen(command, env=os.environ | share, start_new_session=True, preexec_fn=die_with_parent)
-        )
-    told = False
+    shares = split_gpus(visible, sweep.args.workers, sweep.args.processes_per_trial)
+    workers = [start_worker(argv, gpus) for gpus in shares]
+    signalled = False
     while any(worker.poll() is None for worker in workers):
-        if stop and not told:
-            told = True
+        if stop and not signalled:
+            signalled = True
             for worker in workers:
                 worker.send_signal(stop.number)
         time.sleep(POLL_SECONDS)
@@ -1157,7 +1255,7 @@ def share_out(sweep, argv):
 
 
 def main(argv=None):
-    """Exit status: 0 when all trials were taken or a scheduler said stop, 130 after Ctrl-C."""
+    """Returns the exit status: 0 when the study is complete or a scheduler stopped it, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers, logger.propagate = [logging.StreamHandler()], False
@@ -1166,17 +1264,19 @@ def main(argv=None):
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output_dir: cannot write there: {error}; give a folder you can write to") from error
+        raise InputError(
+            f"--output_dir: cannot write there: {error}; choose a folder where you have write access"
+        ) from error
     with stop_signals():
         if sweep.args.workers > 1:
-            status = share_out(sweep, argv)
+            status = run_workers(sweep, argv)
         else:
-            study = work(sweep, argv)
+            study = run_trials(sweep, argv)
             status = 0
-            logger.info("%d of %d trials; see %s", len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED,
-                TrialState.FAIL))), sweep.args.n_trials, sweep.folder / "report.html")  # fmt: skip
+            ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+            logger.info("%d of %d trials; see %s", len(ended), sweep.args.n_trials, sweep.folder / "report.html")
         if stop and stop.number != signal.SIGINT and os.environ.get("PREEMPT_FILE"):
-            Path(os.environ["PREEMPT_FILE"]).touch()  # tells a batch script to requeue
+            Path(os.environ["PREEMPT_FILE"]).touch()  # the batch script requeues the job
         return 130 if stop.number == signal.SIGINT else status
 
 
