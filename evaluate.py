@@ -11,7 +11,7 @@ Read OUTPUT_DIR/report.html. To continue an interrupted evaluation, run the same
 embeddings are saved as they are made.
 
 Sections, in the order data flows:
-     1 Arguments    2 Prompts    3 Images    4 Scores    5 Statistics    6 Report    7 Main
+     1 Prompts and models    2 Arguments    3 Images    4 Scores    5 Statistics    6 Report    7 Main
 """
 
 import base64
@@ -31,27 +31,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks for a package that nobody needs here
-
-import diffusers
-import jinja2
-import matplotlib
 import numpy as np
-import open_clip
-import safetensors.torch
-import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tqdm.auto import tqdm
 
-import train_sdxl_lora as trainer
-from train_sdxl_lora import InputError
+import sdxl_data
+from sdxl_data import InputError
 
 AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
@@ -66,107 +51,7 @@ logger = logging.getLogger("evaluate")
 
 
 # -----------------------------------------------------------------------------
-# 1 Arguments
-# -----------------------------------------------------------------------------
-
-
-# fmt: off
-def make_parser():
-    parser = trainer.Parser(
-        usage="%(prog)s --pretrained_model_name_or_path PATH|ID --lora FILE|DIR … --output_dir DIR [--FLAG VALUE]…",
-        description="Score LoRA adapters by their images. The groups below follow the sections of the script.",
-        config_file_parser_class=trainer.configargparse.YAMLConfigFileParser,
-        formatter_class=lambda prog: trainer.HelpFormatter(prog, max_help_position=34, width=118),
-        allow_abbrev=False, add_config_file_help=False, add_env_var_help=False,
-    )
-    add = parser.add_argument_group("Prompts").add_argument
-    add("--prompts", metavar="FILE", help="JSONL with `prompt` and optional `id`, `clip_prompt`, `species`, `tags` "
-        "(default: 16 prompts for PokeFA)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="one image per seed and prompt")
-
-    add = parser.add_argument_group("Images").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="SDXL snapshot: folder or hub id")
-    add("--revision", metavar="REV", help="hub revision of the snapshot")
-    add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
-    add("--lora", nargs="+", default=[], metavar="FILE|DIR",
-        help="LoRA files in diffusers' or kohya's format, runs or checkpoints; the base model is always evaluated too")
-    add("--checkpoints", metavar="DIR", help="evaluate every checkpoint of this run")
-    add("--lora_scale", type=float, default=1.0, metavar="X", help="strength of the LoRAs")
-    add("--refiner_unet", metavar="PATH|ID", help="refiner that finishes all images")
-    add("--refiner_lora", metavar="FILE|DIR",
-        help="LoRA of the refiner; used with every model but the base model")
-    add("--denoising_start", type=float, default=0.8, metavar="P", help="share of the steps done before the refiner")
-    add("--resolution", type=int, default=1024, metavar="PX", help="width and height of the images")
-    add("--num_inference_steps", type=int, default=30, metavar="STEPS", help="denoising steps")
-    add("--guidance_scale", type=float, default=7.0, metavar="G", help="classifier-free guidance; 1 turns it off")
-    add("--negative_prompt", metavar="TEXT", help="negative prompt of all images (default: the pipeline's)")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="weight precision (default: bf16 on a GPU, else fp32)")
-    add("--batch_size", type=int, default=4, metavar="N", help="images generated at once")
-
-    add = parser.add_argument_group("Scores").add_argument
-    add("--clip_model", default="ViT-H-14/laion2b_s32b_b79k", metavar="NAME",
-        help="open_clip model: ARCHITECTURE/WEIGHTS, hf-hub:ID or local-dir:FOLDER")
-    add("--species_prompt", default="{}", metavar="TEXT", help="text that CLIP compares for a species; {} is its name")
-    add("--aesthetic_clip_model", default="ViT-L-14/openai", metavar="NAME",
-        help="open_clip model whose embeddings the aesthetic head takes")
-    add("--aesthetic_head", default=AESTHETIC_HEAD, metavar="FILE|URL|none",
-        help="in LAION's format, .pth or .safetensors (default: sac+logos+ava1-l14-linearMSE)")
-    add("--score_weights", type=float, nargs=2, default=[0.6, 0.4], metavar=("A", "B"),
-        help="score = A adherence + B aesthetic / 10")
-    add("--train_shards", nargs="+", metavar="TAR", help="training images; the report shows copies of them")
-    add("--val_shards", nargs="+", metavar="TAR",
-        help="held-out images: how similar images are without copying (default: the training images)")
-
-    add = parser.add_argument_group("Run").add_argument
-    add("--config", is_config_file=True, metavar="FILE", help="YAML file with flags; the command line wins")
-    add("--output_dir", required=True, metavar="DIR", help="for images, metrics.json, per_image.csv, report.html")
-    add("--images_dir", metavar="DIR", help="for images, which several evaluations may share")
-    add("--cache_dir", metavar="DIR", help="for downloads and copies of shards")
-    add("--report_to", choices=["none", "wandb"], default="none", help="where to send a table of the images")
-    return parser
-# fmt: on
-
-
-def parse_args(argv=None):
-    """The checked flags, read-only from here on."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("resolution", "num_inference_steps", "batch_size"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
-    if args.resolution % 8:
-        parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        parser.error(f"--seeds: found {' '.join(map(str, args.seeds))}; expected different numbers of 0 or more")
-    if "{}" not in args.species_prompt:
-        parser.error(f"--species_prompt: found {args.species_prompt!r}; expected {{}} where the name goes")
-    if not 0 < args.denoising_start < 1:
-        parser.error(f"--denoising_start: found {args.denoising_start}; expected a share between 0 and 1")
-    if args.refiner_lora and not args.refiner_unet:
-        parser.error("--refiner_lora: found without --refiner_unet; give the refiner too")
-    snapshot = Path(args.pretrained_model_name_or_path).expanduser()
-    if trainer.looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir():
-        parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
-    checks = {
-        "prompts": lambda: read_prompts(args.prompts),
-        "lora": lambda: list(map(find_lora, args.lora)),
-        "checkpoints": lambda: list_models(args),
-        "refiner_lora": lambda: args.refiner_lora and find_lora(args.refiner_lora),
-        "train_shards": lambda: trainer.expand_shards(args.train_shards or []),
-        "val_shards": lambda: trainer.expand_shards(args.val_shards or []),
-    }
-    for name, check in checks.items():
-        try:
-            check()
-        except (OSError, ValueError) as error:
-            parser.error(f"--{name}: {error}")
-    if args.val_shards and not args.train_shards:
-        parser.error("--val_shards: found without --train_shards; they are what copies are compared with")
-    return args
-
-
-# -----------------------------------------------------------------------------
-# 2 Prompts
+# 1 Prompts and models
 # -----------------------------------------------------------------------------
 
 
@@ -245,11 +130,6 @@ def read_prompts(path=None):
     return prompts
 
 
-# -----------------------------------------------------------------------------
-# 3 Images: model × prompt × seed
-# -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Model:
     """A model to evaluate: the base model, alone or with LoRAs. `step` is set for a checkpoint."""
@@ -263,7 +143,7 @@ class Model:
 def find_lora(path):
     """LoRA file that `path` means: the file itself, or the one in a run or checkpoint. Errors: ValueError."""
     path = Path(path).expanduser()
-    file = path / trainer.LORA_FILE if path.is_dir() else path
+    file = path / sdxl_data.LORA_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no LoRA file {file}; give a .safetensors file, a run or a checkpoint")
     return file
@@ -284,16 +164,139 @@ def list_models(args):
 
     for file in map(find_lora, args.lora):
         # LoRA files of runs are all called the same; the name of the run tells more.
-        add(file.parent.name if file.name == trainer.LORA_FILE else file.stem, file)
+        add(file.parent.name if file.name == sdxl_data.LORA_FILE else file.stem, file)
     if refiner_lora and not args.lora and not args.checkpoints:
         add(refiner_lora.parent.name, None)
     if args.checkpoints:
-        checkpoints = trainer.list_checkpoints(args.checkpoints)
+        checkpoints = sdxl_data.list_checkpoints(args.checkpoints)
         if not checkpoints:
             raise ValueError(f"no checkpoint-N in {args.checkpoints}; give the --output_dir of a run")
         for step, folder in checkpoints:
             add(f"step {step}", find_lora(folder), step)
     return list(models.values())
+
+
+# -----------------------------------------------------------------------------
+# 2 Arguments
+# -----------------------------------------------------------------------------
+
+
+# fmt: off
+def make_parser():
+    parser = sdxl_data.make_base_parser(
+        "%(prog)s --pretrained_model_name_or_path PATH|ID --lora FILE|DIR … --output_dir DIR [--FLAG VALUE]…",
+        "Score LoRA adapters by their images. The groups below follow the sections of the script.",
+    )
+    add = parser.add_argument_group("Prompts").add_argument
+    add("--prompts", metavar="FILE", help="JSONL with `prompt` and optional `id`, `clip_prompt`, `species`, `tags` "
+        "(default: 16 prompts for PokeFA)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="one image per seed and prompt")
+
+    add = parser.add_argument_group("Images").add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="SDXL snapshot: folder or hub id")
+    add("--revision", metavar="REV", help="hub revision of the snapshot")
+    add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
+    add("--lora", nargs="+", default=[], metavar="FILE|DIR",
+        help="LoRA files in diffusers' or kohya's format, runs or checkpoints; the base model is always evaluated too")
+    add("--checkpoints", metavar="DIR", help="evaluate every checkpoint of this run")
+    add("--lora_scale", type=float, default=1.0, metavar="X", help="strength of the LoRAs")
+    add("--refiner_unet", metavar="PATH|ID", help="refiner that finishes all images")
+    add("--refiner_lora", metavar="FILE|DIR",
+        help="LoRA of the refiner; used with every model but the base model")
+    add("--denoising_start", type=float, default=0.8, metavar="P", help="share of the steps done before the refiner")
+    add("--resolution", type=int, default=1024, metavar="PX", help="width and height of the images")
+    add("--num_inference_steps", type=int, default=30, metavar="STEPS", help="denoising steps")
+    add("--guidance_scale", type=float, default=7.0, metavar="G", help="classifier-free guidance; 1 turns it off")
+    add("--negative_prompt", metavar="TEXT", help="negative prompt of all images (default: the pipeline's)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="weight precision (default: bf16 on a GPU, else fp32)")
+    add("--batch_size", type=int, default=4, metavar="N", help="images generated at once")
+
+    add = parser.add_argument_group("Scores").add_argument
+    add("--clip_model", default="ViT-H-14/laion2b_s32b_b79k", metavar="NAME",
+        help="open_clip model: ARCHITECTURE/WEIGHTS, hf-hub:ID or local-dir:FOLDER")
+    add("--species_prompt", default="{}", metavar="TEXT", help="text that CLIP compares for a species; {} is its name")
+    add("--aesthetic_clip_model", default="ViT-L-14/openai", metavar="NAME",
+        help="open_clip model whose embeddings the aesthetic head takes")
+    add("--aesthetic_head", default=AESTHETIC_HEAD, metavar="FILE|URL|none",
+        help="in LAION's format, .pth or .safetensors (default: sac+logos+ava1-l14-linearMSE)")
+    add("--score_weights", type=float, nargs=2, default=[0.6, 0.4], metavar=("A", "B"),
+        help="score = A adherence + B aesthetic / 10")
+    add("--train_shards", nargs="+", metavar="TAR", help="training images; the report shows copies of them")
+    add("--val_shards", nargs="+", metavar="TAR",
+        help="held-out images: how similar images are without copying (default: the training images)")
+
+    add = parser.add_argument_group("Run").add_argument
+    add("--config", is_config_file=True, metavar="FILE", help="YAML file with flags; the command line wins")
+    add("--output_dir", required=True, metavar="DIR", help="for images, metrics.json, per_image.csv, report.html")
+    add("--images_dir", metavar="DIR", help="for images, which several evaluations may share")
+    add("--cache_dir", metavar="DIR", help="for downloads and copies of shards")
+    add("--report_to", choices=["none", "wandb"], default="none", help="where to send a table of the images")
+    return parser
+# fmt: on
+
+
+def parse_args(argv=None):
+    """The checked flags, read-only from here on."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in ("resolution", "num_inference_steps", "batch_size"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
+    if args.resolution % 8:
+        parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        parser.error(f"--seeds: found {' '.join(map(str, args.seeds))}; expected different numbers of 0 or more")
+    if "{}" not in args.species_prompt:
+        parser.error(f"--species_prompt: found {args.species_prompt!r}; expected {{}} where the name goes")
+    if not 0 < args.denoising_start < 1:
+        parser.error(f"--denoising_start: found {args.denoising_start}; expected a share between 0 and 1")
+    if args.refiner_lora and not args.refiner_unet:
+        parser.error("--refiner_lora: found without --refiner_unet; give the refiner too")
+    snapshot = Path(args.pretrained_model_name_or_path).expanduser()
+    if sdxl_data.looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir():
+        parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
+    checks = {
+        "prompts": lambda: read_prompts(args.prompts),
+        "lora": lambda: list(map(find_lora, args.lora)),
+        "checkpoints": lambda: list_models(args),
+        "refiner_lora": lambda: args.refiner_lora and find_lora(args.refiner_lora),
+        "train_shards": lambda: sdxl_data.expand_shards(args.train_shards or []),
+        "val_shards": lambda: sdxl_data.expand_shards(args.val_shards or []),
+    }
+    for name, check in checks.items():
+        try:
+            check()
+        except (OSError, ValueError) as error:
+            parser.error(f"--{name}: {error}")
+    if args.val_shards and not args.train_shards:
+        parser.error("--val_shards: found without --train_shards; they are what copies are compared with")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # answers --help and wrong flags at once: the imports below take several seconds
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks for a package that is not needed here
+
+import diffusers
+import jinja2
+import matplotlib
+import open_clip
+import safetensors.torch
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import train_sdxl_lora as trainer
+
+# -----------------------------------------------------------------------------
+# 3 Images: model × prompt × seed
+# -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,7 +350,7 @@ def list_jobs(args, models, prompts):
 
 def noise_seed(prompt, seed):
     """Seed of an image's CPU noise; it depends on the prompt's id and the seed only."""
-    return trainer.torch_seed(trainer.hash_text(prompt.id), seed)
+    return sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)
 
 
 class ImageGenerator:
@@ -453,7 +456,7 @@ class ImageGenerator:
 def write_image(path, image):
     encoded = io.BytesIO()
     image.save(encoded, "png")
-    trainer.write_file(path, encoded.getvalue())
+    sdxl_data.write_file(path, encoded.getvalue())
 
 
 def generate_images(args, state, jobs):
@@ -566,7 +569,7 @@ def embed_files(state, clip_name, flag, paths):
         for (_, file), embedding in zip(batch, embeddings):
             encoded = io.BytesIO()
             np.save(encoded, embedding)
-            trainer.write_file(file, encoded.getvalue())
+            sdxl_data.write_file(file, encoded.getvalue())
     state.wait_for_everyone()
     return np.stack([np.load(file) for file in saved])
 
@@ -646,7 +649,7 @@ def embed_samples(samples, clip, quiet):
         images = []
         for shard, row in samples[start : start + EMBEDDING_BATCH]:
             try:
-                images.append(trainer.open_image(shard.read(row["offset"], row["size"]))[0])
+                images.append(sdxl_data.open_image(shard.read(row["offset"], row["size"]))[0])
                 rows.append(row)
             except ValueError:  # damaged: the trainer does not train on it either
                 continue
@@ -663,17 +666,17 @@ def write_reference(path, found):
     arrays = {"embeddings": np.stack(embeddings), "thumbnails": np.stack(thumbnails)}
     encoded = io.BytesIO()
     np.savez(encoded, names=np.array(names), places=json.dumps(places), **arrays)
-    trainer.write_file(path, encoded.getvalue())
+    sdxl_data.write_file(path, encoded.getvalue())
 
 
 def embed_shards(state, args, shards):
     """Reference of all usable images in `shards`, cached in --output_dir; the processes share the work."""
-    opened = [trainer.Shard(path, args.cache_dir or args.output_dir) for path in trainer.expand_shards(shards)]
+    opened = [sdxl_data.Shard(path, args.cache_dir or args.output_dir) for path in sdxl_data.expand_shards(shards)]
     stamps = [(shard.path, shard.stamp) for shard in opened]
     cached = Path(args.output_dir) / f"shards-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
     # One answer for all processes: a network disk may show them the file at different times.
     if not broadcast_object_list([cached.exists()])[0]:
-        samples = [(shard, row) for shard in opened for row in trainer.index_shard(shard, "species_list")[0]]
+        samples = [(shard, row) for shard in opened for row in sdxl_data.index_shard(shard, sdxl_data.Fields())[0]]
         mine = samples[state.process_index :: state.num_processes]
         found = embed_samples(mine, Clip(args.clip_model, state.device), quiet=not state.is_main_process)
         found = sorted(gather_object(found), key=lambda item: item[1])
@@ -1096,8 +1099,8 @@ def find_copies(args, rows, reference, count=8):
     copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
         path, offset, size = reference.places[reference.names.index(row["nearest"])]
-        shard = trainer.Shard(path, args.cache_dir or args.output_dir)
-        copies.append((row, data_uri(trainer.open_image(shard.read(offset, size))[0], 320)))
+        shard = sdxl_data.Shard(path, args.cache_dir or args.output_dir)
+        copies.append((row, data_uri(sdxl_data.open_image(shard.read(offset, size))[0], 320)))
     return copies
 
 
@@ -1132,7 +1135,7 @@ def write_report(args, models, prompts, scores, metrics, argv):
         quantile=f"{100 * COPY_QUANTILE:g}",
         command=shlex.join(["evaluate.py", *argv]),
     )
-    trainer.write_file(Path(args.output_dir) / "report.html", page.encode())
+    sdxl_data.write_file(Path(args.output_dir) / "report.html", page.encode())
 
 
 def write_grid(args, models, prompts, jobs):
@@ -1152,7 +1155,7 @@ def write_csv(args, rows):
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    trainer.write_file(Path(args.output_dir) / "per_image.csv", text.getvalue().encode())
+    sdxl_data.write_file(Path(args.output_dir) / "per_image.csv", text.getvalue().encode())
 
 
 def report_to_wandb(args, rows, summary):
@@ -1213,7 +1216,7 @@ def main(argv=None):
     write_csv(args, scores.rows)
     write_grid(args, models, prompts, jobs)
     write_report(args, models, prompts, scores, metrics, argv)
-    trainer.write_file(output_dir / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    sdxl_data.write_file(output_dir / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     if args.report_to == "wandb":
         report_to_wandb(args, scores.rows, metrics["models"])
     log_summary(metrics["models"])
