@@ -115,21 +115,19 @@ def test_a_long_test_file_is_seen():
 
 def find_section_faults(source, titles=None):
     """Sentences about rules that are not 79 columns wide, numbers out of order and, if given, other titles."""
-    lines, found, faults = source.splitlines(), [], []
-    rule = "# " + "-" * 77
-    for number, line in enumerate(lines, 1):
-        if re.fullmatch("# ?-{5,}", line) and line != rule:
-            faults.append(f"line {number}: a rule of {len(line)} columns, expected 79")
-    for above, middle, below in zip(lines, lines[1:], lines[2:]):
-        banner = re.fullmatch(r"# (\d+) (.+)", middle)
-        if above == below == rule and banner:
-            found.append((int(banner[1]), banner[2]))
-    if lines.count(rule) != 2 * len(found):
-        faults.append(f"{lines.count(rule)} rules around {len(found)} titles")
-    if [number for number, _ in found] != list(range(1, len(found) + 1)) or not found:
-        faults.append(f"numbers {[number for number, _ in found]}")
-    if titles and [title for _, title in found] != titles:
-        faults.append(f"titles {[title for _, title in found]}, expected {titles}")
+    lines, faults = source.splitlines(), []
+    rules = [number for number, line in enumerate(lines, 1) if re.fullmatch("# ?-{5,}", line)]
+    crooked = [number for number in rules if len(lines[number - 1]) != 79]
+    if crooked:
+        faults.append(f"rules that are not 79 columns wide in lines {crooked}")
+    banners = re.findall(r"^# ?-{5,}\n# (\d+) (.+)\n# ?-{5,}$", source, flags=re.M)
+    if len(rules) != 2 * len(banners):
+        faults.append(f"{len(rules)} rules around {len(banners)} numbered titles")
+    numbers = [int(number) for number, _ in banners]
+    if not numbers or numbers != list(range(1, len(numbers) + 1)):
+        faults.append(f"numbers {numbers}")
+    if titles and [title for _, title in banners] != titles:
+        faults.append(f"titles {[title for _, title in banners]}, expected {titles}")
     return faults
 
 
@@ -150,8 +148,8 @@ def test_a_missing_a_swapped_and_a_crooked_banner_are_seen():
     assert find_section_faults(banners("2 Main", "1 Arguments")) == ["numbers [2, 1]"]
     assert find_section_faults("x = 1\n") == ["numbers []"]
     crooked = banners("1 Arguments") + banners("2 Main", columns=80)
-    assert find_section_faults(crooked) == [f"line {n}: a rule of 80 columns, expected 79" for n in (6, 8)]
-    assert find_section_faults(banners("1 Arguments", "Main")) == ["4 rules around 1 titles"]
+    assert find_section_faults(crooked) == ["rules that are not 79 columns wide in lines [6, 8]"]
+    assert find_section_faults(banners("1 Arguments", "Main")) == ["4 rules around 1 numbered titles"]
 
 
 # Order
