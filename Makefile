@@ -20,15 +20,15 @@ test: test-quick test-slow test-sagemaker
 	$(BIN)/python tests/skips.py $(RECORDS)/quick.json $(RECORDS)/slow.json $(RECORDS)/sagemaker.json
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m "not slow and not sagemaker and not gpu" --record $(RECORDS)/quick.json
+	TEST_RECORD=$(RECORDS)/quick.json $(BIN)/python -m pytest -n 2 -m "not slow and not sagemaker and not gpu"
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m "slow and not gpu" --record $(RECORDS)/slow.json
+	TEST_RECORD=$(RECORDS)/slow.json $(BIN)/python -m pytest -m "slow and not gpu"
 
 # tests/conftest.py imports torch, which is not in this environment.
 test-sagemaker: $(SAGEMAKER)/installed
-	PYTHONPATH=tests $(SAGEMAKER)/bin/python -m pytest --noconftest -p skips tests/test_submit.py \
-		--record $(RECORDS)/sagemaker.json
+	TEST_RECORD=$(RECORDS)/sagemaker.json PYTHONPATH=tests \
+		$(SAGEMAKER)/bin/python -m pytest --noconftest -p skips tests/test_submit.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
 """Records which tests a session did not run, and lists at the end those that no session ran.
 
-As a pytest plugin it adds `--record FILE`. As a script, `python tests/skips.py FILE …` prints one line per reason; if
-FAIL_ON_SKIP=1 is set, it also names every test that should have run, and exits with 1. It does not import torch: the
-environment of the SageMaker SDK has none.
+As a pytest plugin it writes the record of the session to the file named by TEST_RECORD. As a script,
+`python tests/skips.py FILE …` prints one line per reason; if FAIL_ON_SKIP=1 is set, it also names every test that
+should have run, and exits with 1. It does not import torch: the environment of the SageMaker SDK has none.
 """
 
 import json
@@ -14,10 +14,6 @@ from pathlib import Path
 import pytest
 
 MARKERS = ("gpu", "sagemaker", "slow")  # the first of these that a deselected test has is the reason
-
-
-def pytest_addoption(parser):
-    parser.addoption("--record", metavar="FILE", help="write which tests ran, and why the others did not")
 
 
 def pytest_configure(config):
@@ -64,8 +60,8 @@ class Recorder:
     def pytest_sessionfinish(self):
         if hasattr(self.config, "workerinput"):
             self.config.workeroutput["not_run"] = self.not_run
-        elif self.config.getoption("record"):
-            path = Path(self.config.getoption("record"))
+        elif os.environ.get("TEST_RECORD"):
+            path = Path(os.environ["TEST_RECORD"])
             path.parent.mkdir(parents=True, exist_ok=True)
             ran = sorted(self.ran - self.not_run.keys())
             path.write_text(json.dumps({"ran": ran, "not_run": self.not_run}, indent=1))

@@ -67,11 +67,11 @@ def run(tmp_path):
     (tmp_path / "test_b.py").write_text(MODULE)
 
     def run(name, *words):
-        argv = [sys.executable, "-m", "pytest", "-q", "-p", "skips", "--record", tmp_path / "records" / name, *words]
-        env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", "skips", *words]
+        env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "TEST_RECORD": str(tmp_path / "records" / name)}
         for name_of_outer_run in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
             env.pop(name_of_outer_run, None)
-        done = subprocess.run([*map(str, argv)], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         return json.loads((tmp_path / "records" / name).read_text())
 
