@@ -905,7 +905,8 @@ small, .unsure { opacity: .75 } summary { cursor: pointer } meter { width: 8rem 
 .sure { color: var(--accent); font-weight: 600 } .flag { color: var(--bad); display: block }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-td small { white-space: nowrap } .means small { display: block } th:first-child { min-width: 7rem }
+tr:first-child th { vertical-align: bottom } td small { white-space: nowrap }
+.means small { display: block } .means th:first-child { min-width: 7rem }
 .plots, .best, .row, .pairs { display: grid; gap: 1rem 2rem }
 .plots, .best, .pairs { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
 .row { gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); margin-bottom: .6rem }
