@@ -67,9 +67,9 @@ MAX_OPEN_CACHES = 256  # cache files that a process keeps open
 CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "IPAexGothic", "Hiragino Sans", "MS Gothic")
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 1 Shared by the scripts
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class InputError(ValueError):
@@ -177,9 +177,9 @@ def list_checkpoints(output_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 2 Sources
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def is_remote(path):
@@ -353,9 +353,9 @@ class Shard:
         return block[offset - start : offset - start + size]
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 3 Index
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 INDEX_SCHEMA = pa.schema({
     "key": pa.string(), "image_id": pa.string(), "caption": pa.string(), "labels": pa.list_(pa.string()),
@@ -713,9 +713,9 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 4 Plan
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 # Seam: which samples are trained on. Contract: acceptance(step) is an array over (labels…, unlabelled) in [0, 1].
@@ -863,9 +863,9 @@ class MicroBatches:
                 yield [(int(rows[i]), int(labels[i]), step, first + i) for i in places]
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 5 Images and batches
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def open_image(data, cover=None):
@@ -894,9 +894,7 @@ def open_image(data, cover=None):
     return image if image.mode == "RGB" else image.convert("RGB"), original_size
 
 
-# Seam: crops and buckets. Contract: a bucket is a (height, width) in multiples of BUCKET_STEP px, and a row keeps its
-# bucket for the whole run; a crop is the (top, left) of a window of that size inside the image, which was scaled to
-# cover it.
+# Seam: buckets. Contract: (height, width) in multiples of BUCKET_STEP px; a row keeps its bucket for the whole run.
 def make_buckets(resolution):
     """[(height, width)] of at most resolution² px each, from 1:4 to 4:1, the sides multiples of BUCKET_STEP."""
     shorts = range(-(-resolution // 2 // BUCKET_STEP) * BUCKET_STEP, resolution + 1, BUCKET_STEP)
@@ -917,6 +915,7 @@ def assign_buckets(index, resolution):
     return replace(index, bucket_sizes=bucket_sizes, buckets=nearest_buckets(index.sizes(), bucket_sizes))
 
 
+# Seam: crops. Contract: (top, left) of a window inside the image, which was scaled to cover a window of that size.
 def random_ar_crop(height, width, resolution, u):
     """(top, left) of a square near the middle of the long side, u in [0, 1); above 2:1 centre or start edge, 50/50."""
     long = max(height, width)
@@ -939,6 +938,12 @@ def center_crop(height, width, bucket):
 def scale_aesthetic(value, scale):
     """Aesthetic score in 1 to 10 of a sample whose field holds `value`, or None."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
+
+
+def load_items(dataset, requests):
+    """The items of a batch; of remote shards they are read at the same time."""
+    with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, dataset.index.stamps)) else 1) as pool:
+        return list(pool.map(dataset.__getitem__, requests))
 
 
 class ImageDataset:
@@ -1089,12 +1094,6 @@ class EncodedDataset:
         return load_items(self, requests)
 
 
-def load_items(dataset, requests):
-    """The items of a batch; of remote shards they are read at the same time."""
-    with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, dataset.index.stamps)) else 1) as pool:
-        return list(pool.map(dataset.__getitem__, requests))
-
-
 def collate(samples):
     """Lists of the samples' fields; `pixels` stacked to (B, 3, H, W) uint8, sizes and scores float32 tensors."""
     import torch
@@ -1129,9 +1128,9 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
     )
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 6 Encoding cache
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class EncodingCache:
@@ -1196,9 +1195,9 @@ class EncodingCache:
         return {name: file.get_tensor(f"{image_id}/{int(variant)}/{name}") for name in names} | numbers
 
 
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # 7 Preview
-# ------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def describe_data(dataset, plan, steps, caption_tokens):

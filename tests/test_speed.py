@@ -261,7 +261,7 @@ OPTIONS = {
     "compile, blocks": ["--compile", "--gradient_checkpointing", "blocks"],
     "caches": CACHES,
 }
-UNCOMPILED = "--compile: goes on uncompiled: "
+UNCOMPILED = "--compile: continuing uncompiled: "
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: apt-get install g++")
 
 
