@@ -254,7 +254,7 @@ def retry(action, path):
             return action()
         except (FileNotFoundError, PermissionError) as error:
             raise type(error)(f"{path}: {error}") from error
-        except (OSError, subprocess.CalledProcessError, aiohttp.ClientError) as error:
+        except (OSError, aiohttp.ClientError) as error:
             if attempt == IO_ATTEMPTS or 400 <= getattr(error, "status", 0) < 500:
                 raise OSError(f"{path}: {error!r} after {attempt} tries") from error
             time.sleep(0.25 * 2**attempt)
@@ -270,7 +270,10 @@ def copy_shard(path, stamp, cache_dir):
     def download():
         with open(partial, "wb") as file:
             if path.startswith("pipe:"):
-                subprocess.run(["bash", "-o", "pipefail", "-c", path.removeprefix("pipe:")], stdout=file, check=True)
+                command = ["bash", "-o", "pipefail", "-c", path.removeprefix("pipe:")]
+                status = subprocess.run(command, stdout=file).returncode
+                if status:
+                    raise OSError(f"exit status {status}")
             else:
                 with urllib.request.urlopen(path, timeout=60) as response:
                     shutil.copyfileobj(response, file, 1 << 20)
@@ -1267,8 +1270,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
         axes.imshow(image, extent=(0, original[1], original[0], 0))
         # the crop is in px of the image scaled to cover the bucket; `scale` takes it back to px of the file
         scale = 1 / max(height / original[0], width / original[1])
-        place = (left * scale, top * scale)
-        axes.add_patch(Rectangle(place, width * scale, height * scale, fill=False, edgecolor="red"))
+        axes.add_patch(Rectangle((left * scale, top * scale), width * scale, height * scale, fill=False, color="red"))
         sizes = f"{original[1]} x {original[0]} px, cropped to {width} x {height}"
         lines = [f"{item['species'] or 'no label'}, step {step + 1}", sizes, item["captions"]]
         labels = [make_label(line, 48) for line in lines]
@@ -1294,6 +1296,5 @@ def draw_species(species, most=60):
     axes.set_yticks(places, labels, family=label_fonts()[0])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("probability (number of images in brackets)")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     return figure

@@ -91,16 +91,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(flags, tmp_path):
     (tmp_path / "run/checkpoint-2/checksums.json").unlink()
     (tmp_path / "run/checkpoint-4/checksums.json").unlink()
     hopeless = run_trainer(argv, tmp_path / "run")
-    assert hopeless.codes == [1] and "no whole checkpoint among" in hopeless.output
+    assert hopeless.codes == [1] and "no intact checkpoint among" in hopeless.output
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        (["--rank", 3], "--rank: 2 then, 3 now"),
-        (["--train_batch_size", 4], "global batch: 2 then, 4 now"),
-        (["--seed", 8], "--seed: 7 then, 8 now"),
-        (["--max_train_samples", 20], "--max_train_samples: None then, 20 now"),
+        (["--rank", 3], "--rank: 2 in the checkpoint, 3 now"),
+        (["--train_batch_size", 4], "global batch: 2 in the checkpoint, 4 now"),
+        (["--seed", 8], "--seed: 7 in the checkpoint, 8 now"),
+        (["--max_train_samples", 20], "--max_train_samples: None in the checkpoint, 20 now"),
     ],
 )
 def test_resuming_with_other_mathematics_names_the_flag_and_both_values(flags, tmp_path, change, named):

@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_at_the_end_is_tried_again_or_the_lora_is_elsewhere(
     assert trainer.verify_checkpoint(tmp_path / "run/checkpoint-4") is None
     result = run_trainer(argv, tmp_path / "both-full", setup=partial(fill_disk, 4, 3, 8))
     assert result.codes == [1]
-    assert re.search(r"nor could \S+/lora-step-4-\S+ take the LoRA", result.output)
+    assert re.search(r"\S+/lora-step-4-\S+ could not hold the LoRA either", result.output)
     result = run_trainer(argv, tmp_path / "full", setup=partial(fill_disk, 4, 3, 4))
     assert result.codes == [1]
     folder = re.search(r"the LoRA is in (\S+);", result.output)[1]

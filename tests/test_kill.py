@@ -88,7 +88,7 @@ def test_when_one_process_dies_the_other_ends_within_a_minute_and_says_so(flags,
     argv = [*flags, "--checkpointing_steps", 1]
     result = run_trainer(argv, tmp_path / "run", 2, setup=partial(fail_on, kind, rank), timeout=60)
     assert time.time() - started < 60
-    assert result.codes[1 - rank] == 1 and "another process of this run is gone" in result.outputs[1 - rank]
+    assert result.codes[1 - rank] == 1 and "another process of this run has ended" in result.outputs[1 - rank]
     assert result.codes[rank] == (1 if kind == "exception" else -signal.SIGKILL)
     assert (kind == "exception") == ("a fault in rank one" in result.outputs[rank])
     assert trainer.verify_checkpoint(tmp_path / "run/checkpoint-2") is None

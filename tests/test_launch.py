@@ -52,7 +52,7 @@ def test_two_worlds_of_one_where_one_of_two_was_asked_for_are_refused(flags, tmp
     """Without a GPU the launcher starts processes that do not know of each other; each would train and save."""
     codes, outputs = launch(tmp_path, ["--output_dir", tmp_path / "run", *flags], cpu=False)
     assert codes == [1]
-    assert "--num_processes: the launcher started 2 processes but they form a world of 1" in outputs[0]
+    assert "--num_processes: the launcher started 2 processes, but each sees 1" in outputs[0]
     assert "ACCELERATE_USE_CPU=true" in outputs[0]
     assert not list(Path(tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run/metrics.jsonl").exists()
 

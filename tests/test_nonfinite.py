@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the step is left out or the run ends, and no checkpoint holds it."""
+"""A loss or gradient that is not finite: the step is left out or the run ends, and no checkpoint contains it."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def test_steps_without_a_finite_loss_are_left_out_when_asked_until_there_are_too
     result = assert_ok(run_trainer(argv, tmp_path / "run", 2, setup=partial(lose_a_number, (1, 2), 1)))
     assert [row["nonfinite_steps"] for row in result.metrics()] == [0, 1, 2, 2, 2]
     assert ["loss" in row for row in result.metrics()] == [True, False, False, True, True]
-    assert "step left out: loss is nan" in result.output and "at step 2, samples " in result.output
+    assert "step skipped: loss is nan" in result.output and "at step 2, samples " in result.output
     kept = [(tmp_path / f"run/checkpoint-{n}/pytorch_lora_weights.safetensors").read_bytes() for n in (1, 2, 3, 4)]
     assert kept[0] == kept[1] == kept[2] != kept[3]
     argv += ["--resume_from_checkpoint", "latest", "--max_train_steps", 50, "--checkpointing_steps", 50]
@@ -46,7 +46,7 @@ def test_fp16_leaves_out_the_steps_its_scaler_skips_and_gives_up_after_many_in_a
     with pytest.raises(trainer.TrainingError, match=r"at step 99, samples b \(31 steps in a row\)"):
         trainer.count_nonfinite_step(run, trainer.Report(99, None, None, norm, losses, ["a", "b"], []), float("nan"))
     accelerator.scaler = None
-    with pytest.raises(trainer.TrainingError, match="at step 100, samples a, b; no checkpoint holds it"):
+    with pytest.raises(trainer.TrainingError, match="at step 100, samples a, b; no checkpoint contains it"):
         trainer.count_nonfinite_step(run, trainer.Report(100, None, None, norm, losses, ["a", "b"], []), 0.1)
 
 
@@ -69,7 +69,7 @@ def test_with_a_loss_scaler_skip_and_stop_are_the_same(flags, tmp_path):
     argv = [*flags, "--train_batch_size", 4, "--max_train_steps", 6, "--checkpointing_steps", 6, "--logging_steps", 1]
     stop = assert_ok(run_trainer(argv, tmp_path / "stop", setup=scale_gradients))
     skip = assert_ok(run_trainer([*argv, "--on_nonfinite", "skip"], tmp_path / "skip", setup=scale_gradients))
-    assert "step left out: loss is nan" in skip.output and skip.metrics()[-1]["nonfinite_steps"] == 1
+    assert "step skipped: loss is nan" in skip.output and skip.metrics()[-1]["nonfinite_steps"] == 1
     assert_same_run(stop, skip, step=6)
 
 

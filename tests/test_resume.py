@@ -26,7 +26,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_the_same_samples_on_any_numb
     assert_ok(run_trainer([*argv, "--max_train_steps", 2], tmp_path / "run", 2, setup=hook))
     argv += ["--train_batch_size", 4 // processes]
     again = assert_ok(run_trainer(argv, tmp_path / "run", processes, setup=hook))
-    assert re.search(r"resumed with another --train_batch_size: '2' then, '[14]' now", again.output)
+    assert re.search(r"resumed with another --train_batch_size: '2' in the checkpoint, '[14]' now", again.output)
     expected = samples_by_step(tmp_path / "expected")
     assert len(expected) == 4 and all(len(keys) == 4 for keys in expected.values())
     assert samples_by_step(tmp_path / "found") == expected
@@ -40,7 +40,7 @@ def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_
     argv += ["--train_batch_size", 7, "--max_train_steps", 7]
     assert_ok(run_trainer(first, tmp_path / "run", setup=hook))
     refused = run_trainer(argv, tmp_path / "run")
-    assert refused.codes == [1] and "global batch: 2 then, 7 now" in refused.output
+    assert refused.codes == [1] and "global batch: 2 in the checkpoint, 7 now" in refused.output
     assert "--allow_batch_change" in refused.output
     assert_ok(run_trainer([*argv, "--allow_batch_change"], tmp_path / "run", setup=hook))
     delivered = [line.split()[0] for lines in samples_by_step(tmp_path / "found").values() for line in lines]

@@ -257,7 +257,7 @@ def test_a_process_whose_peer_hangs_ends_with_the_reason_after_a_signal(flags, t
     os.kill(children[1][0].pid, signal.SIGKILL)
     children[1][0].join()
     assert children[0][0].exitcode == 1
-    assert "SIGTERM: no step has ended for 3 s" in Path(children[0][1]).read_text()
+    assert "SIGTERM: no step has finished for 3 s" in Path(children[0][1]).read_text()
 
 
 def be_impatient(module):

@@ -166,7 +166,7 @@ def test_a_server_that_fails_for_good_ends_the_run_with_its_url(serve, tmp_path)
     url, handler = serve()
     index = load_index([url], tmp_path)
     handler.fail_every = 1
-    with pytest.raises(OSError, match=re.escape("http://127.0.0.1") + r".*train-\d.tar.* in 7 tries"):
+    with pytest.raises(OSError, match=re.escape("http://127.0.0.1") + r".*train-\d.tar.* after 7 tries"):
         delivered(index, tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_a_local_shard_that_changes_during_the_run_is_an_error(shards, tmp_path)
     with open(path, "r+b") as file:
         file.write(b"x")
     os.utime(path, ns=(time_ + 10**9, time_ + 10**9))
-    with pytest.raises(OSError, match="a.tar: changed while the run"):
+    with pytest.raises(OSError, match="a.tar: changed during the run"):
         dataset.read(index.row(1))
 
 
@@ -253,7 +253,7 @@ def test_a_remote_shard_that_changes_during_the_run_is_an_error(shards, serve, t
     (folder / "train-0.tar").write_bytes((shards / "train-0.tar").read_bytes().replace(b"drawing", b"DRAWING"))
     dataset.read(index.row(1))  # asked at most once a minute
     monkeypatch.setattr(sdxl_data, "STAMP_SECONDS", -1)
-    with pytest.raises(OSError, match="train-0.tar: changed while the run"):
+    with pytest.raises(OSError, match="train-0.tar: changed during the run"):
         dataset.read(index.row(1))
 
 
