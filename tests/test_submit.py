@@ -126,7 +126,14 @@ def test_the_request_field_by_field(aws, mode, count, spot):
     sent = {key.removeprefix(f"pokefa/{name}/input/"): body for key, body in uploads().items()}
     code = {key.removeprefix("code/"): body for key, body in sent.items() if key.startswith("code/")}
     named = {"demo/panel.jsonl"} - ({"demo/panel.jsonl"} if mode == "train" else set())
-    files = {"train_sdxl_lora.py", "hpo_sweep.py", "evaluate.py", "requirements.txt", "sagemaker/entry.py"} | named
+    files = {
+        "train_sdxl_lora.py",
+        "hpo_sweep.py",
+        "evaluate.py",
+        "report.py",
+        "requirements.txt",
+        "sagemaker/entry.py",
+    } | named
     assert code.keys() == files | {
         f"accelerate_configs/{path.name}" for path in (ROOT / "accelerate_configs").iterdir()
     }
