@@ -990,7 +990,7 @@ def plot_over_steps(models, summary, metric):
     if metric == "right":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
     return figure
