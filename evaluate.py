@@ -290,7 +290,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import train_sdxl_lora as trainer
 
@@ -326,10 +326,9 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
 
 
-IMAGE_FLAGS = (  # these change the images
-    *("pretrained_model_name_or_path", "revision", "variant", "lora_scale", "refiner_unet", "denoising_start"),
-    *("resolution", "num_inference_steps", "guidance_scale", "negative_prompt", "dtype"),
-)
+# The flags that change the images.
+IMAGE_FLAGS = """pretrained_model_name_or_path revision variant lora_scale refiner_unet denoising_start resolution
+    num_inference_steps guidance_scale negative_prompt dtype""".split()
 
 
 def list_jobs(args, models, prompts):
@@ -855,10 +854,10 @@ def add_diversity(summary, prompts, embeddings):
     values = [[diversity_of(images) for images in of_model] for of_model in embeddings]
     if any(map(math.isnan, values[0])):  # there is one seed only
         return
-    for entry, own in zip(summary.values(), values):
-        entry["diversity"] = bootstrap(own, ids)
-        if own is not values[0]:
-            entry["vs_base"]["diversity"] = bootstrap(np.subtract(own, values[0]), ids)
+    for index, entry in enumerate(summary.values()):
+        entry["diversity"] = bootstrap(values[index], ids)
+        if index > 0:
+            entry["vs_base"]["diversity"] = bootstrap(np.subtract(values[index], values[0]), ids)
 
 
 def versions():
@@ -893,32 +892,46 @@ def make_metrics(args, models, prompts, scores):
 # 6 Report
 # -----------------------------------------------------------------------------
 
-# ---- what all reports share; hpo_sweep.py uses it too
-
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: light-dark(#086, #4d9); --bad: light-dark(#b30, #f85) }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
-h1, h2 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.3rem; margin: 2.5rem 0 .8rem }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem } .best h3 { margin: 0 }
+h1 { font-size: 1.6rem; line-height: 1.2 }
+h2 { font-size: 1.3rem; line-height: 1.2; margin: 2.5rem 0 .8rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+small, .unsure { opacity: .75 }
+summary { cursor: pointer }
+meter { width: 8rem }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) }
-small, .unsure { opacity: .75 } summary { cursor: pointer } meter { width: 8rem }
-.sure { color: var(--accent); font-weight: 600 } .flag { color: var(--bad); display: block }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+.sure { color: var(--accent); font-weight: 600 }
+.flag { color: var(--bad); display: block }
+
+/* tables; .means: an interval below its mean */
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-tr:first-child th { vertical-align: bottom } td small { white-space: nowrap }
-.means small { display: block } .means th:first-child { min-width: 7rem }
-.plots, .best, .row, .pairs { display: grid; gap: 1rem 2rem }
+tr:first-child th { vertical-align: bottom }
+td small { white-space: nowrap }
+.means small { display: block }
+.means th:first-child { min-width: 7rem }
+
+/* grids: figures, sections of the best, images in a row, pairs of images */
+.plots, .best, .pairs { display: grid; gap: 1rem 2rem }
 .plots, .best, .pairs { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
-.row { gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); margin-bottom: .6rem }
+.best h3 { margin: 0 }
+.row { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); margin-bottom: .6rem }
 .pairs .row { grid-template-columns: 1fr 1fr }
-figure { margin: 0 } figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere }
+
+figure { margin: 0 }
+figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere }
 img { max-width: 100%; border-radius: 4px }
 .row a:first-child { display: block; aspect-ratio: 1 }
 .row img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover }
 .plot { display: block; width: 100%; max-width: 36rem; fill: currentColor; stroke-linejoin: round }
 .plot text { font-family: inherit !important }
-/* <figure id=x><a href=#x><img></a><a class=close href=#_></a>…: while the address ends in #x, the image is large. */
-figure[id] { scroll-margin-top: 40vh } .close { display: none }
+
+/* <figure id=x><a href=#x><img></a><a class=close href=#_></a></figure>: large while the address ends in #x */
+figure[id] { scroll-margin-top: 40vh }
+.close { display: none }
 :target > .close { display: block; position: fixed; inset: 0; background: #000d; z-index: 1; cursor: zoom-out }
 :target > a > img { position: fixed; inset: 0; margin: auto; z-index: 2; pointer-events: none; max-width: none }
 :target > a > img { width: 94vw; height: 94vh; height: 94dvh; aspect-ratio: auto; object-fit: contain }
@@ -926,39 +939,50 @@ figure[id] { scroll-margin-top: 40vh } .close { display: none }
 
 LAYOUT = """<!doctype html>
 <html lang="en">
+<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>{{ style }}</style>
+</head>
 <body>
 {% include "body" %}
+</body>
+</html>
 """
 
-# These follow the reader's light or dark mode: black, white and matplotlib's first colour.
+# matplotlib's black, white and first colour become colours that follow the reader's light or dark mode.
 SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(--accent)"}
 
 
 def render_page(body, title, **values):
-    """An HTML page that needs no other file; `body` is Jinja2 source that may use `title` and `values`.
+    """An HTML page; `body` is Jinja2 source that may use `title` and `values`.
 
     Values are escaped unless they are Markup. Errors: jinja2.UndefinedError for a name without a value.
     """
-    loader = jinja2.DictLoader({"layout": LAYOUT, "body": body})
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    layout = jinja2.Environment(loader=loader, **options).get_template("layout")
-    return layout.render(title=title, style=Markup(STYLE), **values)
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"layout": LAYOUT, "body": body}),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("layout").render(title=title, style=Markup(STYLE), **values)
 
 
 def figure_svg(figure, label):
-    """Markup of a matplotlib Figure as inline SVG that is as wide as its place; screen readers read the label."""
+    """Markup of a matplotlib Figure as inline SVG, as wide as the space it is given; screen readers read the label."""
     encoded = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that equal figures are equal text
+    # No date and a fixed salt: equal figures give equal text. Text stays text, so that fonts come from the page.
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(encoded, format="svg", transparent=True, metadata=metadata)
     source = encoded.getvalue()
     view_box = re.search(r'viewBox="([^"]+)"', source)[1]
-    content = source.partition("</defs>")[2].rpartition("</svg>")[0]  # without a style for the whole page
-    prefix = f"svg-{short_hash(label, source)}-"  # ids must differ between the figures of a page
+    # What comes before </defs> is a style that would apply to the rest of the page.
+    content = source.partition("</defs>")[2].rpartition("</svg>")[0]
+    # Figures call their parts axes_1, text_1 and so on, but the ids of a page must differ.
+    prefix = f"svg-{hashlib.sha256((label + source).encode()).hexdigest()[:12]}-"
 
     def adapt(tag):
         text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", tag[0])
@@ -1060,8 +1084,10 @@ Their CLIP similarity is {{ "%.3f" % held_out.nearest_similarity }}.</p>
 
 def format_interval(interval, metric, signed=False):
     """Markup of a mean and its interval; shares are in percent."""
-    scale, unit, digits = (100, " %", 1) if metric in ("right", "copy") else (1, "", 3)
-    form = f"{'+' if signed else ''}.{digits}f"
+    is_share = metric in ("right", "copy")
+    scale = 100 if is_share else 1
+    unit = " %" if is_share else ""
+    form = ("+" if signed else "") + (".1f" if is_share else ".3f")
     mean, low, high = (format(scale * interval[key], form) for key in ("mean", "low", "high"))
     return Markup("{}{} <small>{} to {}</small>").format(mean, unit, low, high)
 
@@ -1080,7 +1106,7 @@ def plot_over_steps(models, summary, metric):
     if metric == "right":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
     return figure
