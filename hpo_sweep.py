@@ -993,6 +993,15 @@ def draw_chart(study, plot, caption, **options):
     return caption, chart
 
 
+def label_choices(axes):
+    """Shortens and slants the labels of choices where they would overlap."""
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    slanted = max(map(len, names)) * len(names) > 40
+    # A choice such as "$_" is not a formula.
+    axes.set_xticks(axes.get_xticks(), names, parse_math=False, rotation=20 if slanted else 0)
+
+
 def restyle(axes):
     """Changes Axes of Optuna to the style of the page, and makes small charts readable."""
     axes.set_title("", loc="center")
@@ -1014,9 +1023,7 @@ def restyle(axes):
             counts = axis.label.get_text() in ("Trial", "step")
             axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=counts, min_n_ticks=1))
     if isinstance(axes.xaxis.get_major_formatter(), category.StrCategoryFormatter):
-        longest = max(len(label.get_text()) for label in axes.get_xticklabels())
-        if longest * len(axes.get_xticks()) > 40:  # horizontal labels would overlap
-            axes.tick_params(axis="x", labelrotation=20)
+        label_choices(axes)
     if axes.get_legend():
         axes.get_legend().remove()  # Optuna's legend is outside of the axes and shrinks them
     if len(axes.get_legend_handles_labels()[0]) > 1:
@@ -1086,7 +1093,7 @@ def read_grid(sweep, path):
     if not path.exists():
         return None
     with Image.open(path) as grid:
-        prompts = len(evaluate.read_panel(sweep.evaluation.get("prompts")))
+        prompts = len(evaluate.read_prompts(sweep.evaluation.get("prompts")))
         height = grid.height // prompts * min(prompts, 6)
         return evaluate.data_uri(grid.crop((0, 0, grid.width, height)), 768)
 
