@@ -400,7 +400,7 @@ def make_search_space(path, given, trainer_args):
             raise InputError(f"{source}: {flag}: {error}") from None
         for name, _ in space[-1].when:
             searched = [p.flag for p in space[:-1]]
-            if name not in actions or name in rows and name not in searched:
+            if name not in actions or (name in rows and name not in searched):
                 raise InputError(
                     f"{source}: {flag}: `when` names {name}, which is not a flag of the trainer or comes later in "
                     "the search space; check its name, or move it up"
@@ -1039,7 +1039,7 @@ def plot_validation_losses(study):
     for trial in study.get_trials(deepcopy=False):
         losses = validation_losses(trial)
         color = "tab:grey" if trial.state in (TrialState.PRUNED, TrialState.FAIL) else "tab:blue"
-        axes.plot(list(losses), list(losses.values()), color=color, marker=".", markersize=4, linewidth=0.8)
+        axes.plot(list(losses), list(losses.values()), color=color, marker=".", markersize=6, linewidth=0.8)
     return axes
 
 
@@ -1123,7 +1123,10 @@ Use best_params.yaml as --config of a full run.</p>
 <p>{{ trial.params }}</p>
 <p><small>{{ trial.metrics }}</small></p>
 {% if trial.picture %}
-<img src="{{ trial.picture }}" alt="base model and trial {{ trial.number }}">
+<figure>
+<img src="{{ trial.picture }}" alt="images by the base model and trial {{ trial.number }}">
+<figcaption>base model (left) and this trial (right)</figcaption>
+</figure>
 {% endif %}
 </section>
 {% else %}
