@@ -12,16 +12,16 @@ The flags after -- go to every trial. To resume a study that was interrupted or 
 with the same --output_dir on a shared file system. Open OUTPUT_DIR/report.html at any time to see the results so far.
 
 Sections of this file:
-     1 Arguments    2 Search space    3 Study    4 Processes    5 Trial    6 Report    7 Main
+     1 Arguments   2 Search space   3 Sweep   4 Study   5 Processes   6 Trial   7 Report   8 Main
 """
 
+import argparse
 import collections
 import contextlib
 import csv
 import ctypes
 import functools
 import io
-import itertools
 import json
 import logging
 import math
@@ -38,39 +38,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class Stop:
-    """Truthy once SIGTERM, SIGUSR1 or Ctrl-C has come."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self):
-        self.number = None
-
-    def __bool__(self):
-        return self.number is not None
-
-    def receive(self, number, _frame):
-        self.number = number
-
-
-stop = Stop()
-if __name__ == "__main__":
-    for number in stop.NUMBERS:  # here, since the imports below take ten seconds
-        signal.signal(number, stop.receive)
-
-import filelock
-import optuna
-import psutil
-import torch
 import yaml
-from matplotlib import category, ticker
-from optuna.trial import TrialState
-from PIL import Image
 
-import evaluate
-import train_sdxl_lora as trainer
-from train_sdxl_lora import InputError
+import sdxl_data
+from sdxl_data import STOP_SIGNALS, InputError
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "hpo_sweep.py")  # what --workers starts
@@ -100,12 +71,9 @@ OBJECTIVES = {
 
 # fmt: off
 def make_parser():
-    parser = trainer.Parser(
-        usage="%(prog)s --output_dir DIR [--FLAG VALUE]… -- FLAGS OF train_sdxl_lora.py",
-        description="Search hyperparameters: each trial is a short training run, scored by evaluate.py.",
-        config_file_parser_class=trainer.configargparse.YAMLConfigFileParser,
-        formatter_class=lambda prog: trainer.HelpFormatter(prog, max_help_position=34, width=118),
-        allow_abbrev=False, add_config_file_help=False, add_env_var_help=False,
+    parser = sdxl_data.make_base_parser(
+        "%(prog)s --output_dir DIR [--FLAG VALUE]… -- FLAGS OF train_sdxl_lora.py",
+        "Search hyperparameters: each trial is a short training run, scored by evaluate.py.",
     )
     add = parser.add_argument_group("Study").add_argument
     add("--config", is_config_file=True, metavar="FILE", help="YAML file of these flags; the command line wins")
@@ -140,82 +108,10 @@ def make_parser():
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A parsed command line: the sweep's own flags, those of every trial and evaluation, and the search space."""
-
-    args: object
-    trainer_flags: dict  # the flags given after --, with absolute paths
-    trainer_args: object  # all flags of the trainer, parsed, with defaults
-    evaluation: dict  # flags of evaluate.py
-    space: list  # of Parameter
-
-    @property
-    def folder(self):
-        return Path(self.args.output_dir).expanduser().resolve()
-
-    @property
-    def lock(self):
-        """Held for every decision about who runs which trial. The kernel releases it when a process is killed."""
-        return filelock.FileLock(self.folder / ".lock")
-
-    @property
-    def directions(self):
-        return OBJECTIVES[self.args.objective][0]
-
-    @property
-    def metrics(self):
-        return OBJECTIVES[self.args.objective][1]
-
-    @property
-    def objective_names(self):
-        return self.metrics or ("validation loss",)
-
-    @property
-    def prunes(self):
-        return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
-
-    def signature(self):
-        """{name: value} of all that must not change between the commands that work on one study."""
-        names = ("objective", "trial_steps", "seed", "startup_trials", "pruner", "pruning_warmup")
-        signature = {name: getattr(self.args, name) for name in names}
-        signature["trainer"] = self.trainer_flags
-        signature["evaluation"] = self.evaluation
-        signature["search_space"] = {parameter.flag: parameter.describe() for parameter in self.space}
-        return signature
-
-
-def given_flags(parser, words):
-    """{flag: value} given on a command line or in its --config, without defaults, with absolute paths."""
-    for action in parser._actions:
-        action.default, action.required = trainer.argparse.SUPPRESS, False
-    flags = vars(parser.parse_args(words))
-    flags.pop("config", None)
-    return {name: make_absolute(value) for name, value in flags.items()}
-
-
-def make_absolute(value):
-    """The absolute path for a file or folder that exists; any other value unchanged."""
-    if isinstance(value, list):
-        return [make_absolute(item) for item in value]
-    if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
-        return str(Path(value).resolve())
-    return value
-
-
-def to_words(flags):
-    """The command line for {flag: value}. True becomes --flag, False --no-flag, and None is left out."""
-    words = []
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is False:
-            words.append(f"--no-{name}")
-        elif isinstance(value, (list, tuple)):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
+def split_words(argv):
+    """(words before --, words after)."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def read_yaml(flag, path):
@@ -229,9 +125,8 @@ def read_yaml(flag, path):
     return content
 
 
-def parse_args(argv=None):
-    """The Sweep that a command line describes. Every flag passes the checks of the script that will receive it."""
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+def parse_own_flags(argv):
+    """(the sweep's own flags, checked; the words after --)."""
     own, words = split_words(argv)
     parser = make_parser()
     args = parser.parse_args(own)
@@ -243,76 +138,48 @@ def parse_args(argv=None):
             parser.error(f"--{name}: found {getattr(args, name)}; expected a number of 0 or more")
     if args.pruning_warmup is None:
         args.pruning_warmup = args.trial_steps // 2
-    if not Path(args.accelerate_config).is_file():
-        parser.error(f"--accelerate_config: no file {args.accelerate_config}")
-    gpus = torch.cuda.device_count()
-    if gpus and args.workers * args.processes_per_trial > gpus:
-        parser.error(
-            f"--workers: {args.workers} × {args.processes_per_trial} processes need as many GPUs; found {gpus}"
-        )
-    flags = given_flags(trainer.make_parser(), words)
-    for name in ("output_dir", "max_train_steps", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"):
-        if flags.pop(name, None) is not None:
-            parser.error(f"-- --{name}: the sweep sets it for each trial; leave it out")
-    scratch = {"output_dir": str(Path(args.output_dir) / "trial-0000"), "resume_from_checkpoint": "latest"}
-    trainer_args = trainer.parse_args(to_words(flags | scratch))
-    if args.objective == "val_loss" and not trainer_args.val_shards:
-        parser.error("--objective: val_loss needs --val_shards after --")
-    try:
-        space = make_search_space(args.search_space, flags, trainer_args)
-        evaluation = make_evaluation(args, trainer_args)
-    except InputError as error:
-        parser.error(str(error))
-    sweep = Sweep(args, flags, trainer_args, evaluation, space)
-    for values in corner_values(space):
-        refused = refusal_of(flags | scratch | values)
-        if refused:
-            parser.error(f"--search_space: {args.search_space or 'the default'}: {refused}")
-    if sweep.metrics:
-        example = {"output_dir": scratch["output_dir"]}
-        evaluate.parse_args(to_words(evaluation | example))
-    return sweep
+    for name in ("accelerate_config", "prompts"):
+        path = getattr(args, name)
+        if path and not Path(path).expanduser().is_file():
+            parser.error(f"--{name}: no file {path}")
+    for name in ("search_space", "evaluation"):
+        if getattr(args, name):
+            try:
+                read_yaml(name, getattr(args, name))
+            except InputError as error:
+                parser.error(str(error))
+    return args, words
 
 
-def refusal_of(flags):
-    """The trainer's error message for these flags, or None when it accepts them."""
-    with contextlib.redirect_stderr(io.StringIO()) as output:
-        try:
-            trainer.parse_args(to_words(flags))
-        except SystemExit:
-            return output.getvalue().partition("error: ")[2].strip()
-    return None
+class Stop:
+    """The stop signal that this process received, if any: truthy once there is one."""
+
+    def __init__(self):
+        self.number = None
+
+    def __bool__(self):
+        return self.number is not None
+
+    def receive(self, number, _frame):
+        self.number = number
 
 
-def split_words(argv):
-    """(words before --, words after)."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    return argv[:at], argv[at + 1 :]
+stop = Stop()
+if __name__ == "__main__":
+    parse_own_flags(sys.argv[1:])  # answers --help and wrong flags at once: the imports below take several seconds
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop.receive)
 
+import filelock
+import optuna
+import psutil
+import torch
+from matplotlib import artist, category, ticker
+from optuna.trial import TrialState
+from PIL import Image
 
-def make_evaluation(args, trainer_args):
-    """{flag: value} for evaluate.py, the same for every trial. Errors: InputError."""
-    flags = {"resolution": trainer_args.resolution}
-    for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
-        flags[name] = make_absolute(getattr(trainer_args, name))
-    if trainer_args.stage == "refiner":
-        flags["refiner_unet"] = make_absolute(trainer_args.refiner_unet)
-        base = trainer_args.validation_base_lora or trainer_args.text_encoder_2_lora
-        if base:
-            flags["lora"] = [make_absolute(base)]
-    if args.evaluation:
-        extra = read_yaml("evaluation", args.evaluation)
-        known = {action.dest for action in evaluate.make_parser()._actions}
-        for name in extra:
-            if name not in known or name in ("output_dir", "config", "report_to", "checkpoints"):
-                raise InputError(
-                    f"--evaluation: {args.evaluation}: {name} is not a flag of evaluate.py that a sweep accepts"
-                )
-            flags[name] = make_absolute(extra[name])
-    flags["prompts"] = make_absolute(args.prompts)
-    flags["seeds"] = args.seeds
-    return {name: value for name, value in flags.items() if value is not None}
-
+import evaluate
+import train_sdxl_lora as trainer
 
 # -----------------------------------------------------------------------------
 # 2 Search space
@@ -381,6 +248,31 @@ class Parameter:
         return [self.low, self.high]
 
 
+def read_parameter(flag, row, whole):
+    """The Parameter that a row of --search_space describes. Errors: ValueError that says what is wrong."""
+    if not isinstance(row, dict):
+        raise ValueError(f"found {row!r}; expected low and high, or choices")
+    unknown = set(row) - {"low", "high", "log", "choices", "when"}
+    if unknown:
+        raise ValueError(f"found {', '.join(sorted(map(str, unknown)))}; expected low, high, log, choices, when")
+    when = tuple((row.get("when") or {}).items())
+    if "choices" in row:
+        if not isinstance(row["choices"], list) or not row["choices"] or "low" in row or "high" in row:
+            raise ValueError("expected either a list of choices, or low and high")
+        return Parameter(flag, choices=tuple(row["choices"]), when=when)
+    if "low" not in row or "high" not in row:
+        raise ValueError("expected low and high, or choices")
+    low, high = float(row["low"]), float(row["high"])  # YAML reads 1e-4 as a string
+    log = bool(row.get("log", False))
+    if not low < high:
+        raise ValueError(f"found low {low:g} and high {high:g}; expected low below high")
+    if log and low <= 0:
+        raise ValueError(f"found low {low:g} with log; expected a number above 0")
+    if whole and (low % 1 or high % 1):
+        raise ValueError(f"found {low:g} to {high:g}; expected whole numbers")
+    return Parameter(flag, low, high, log, whole, when=when)
+
+
 def make_search_space(path, given, trainer_args):
     """[Parameter], each after those that its `when` names. Errors: InputError that names the file and the flag."""
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
@@ -411,31 +303,6 @@ def make_search_space(path, given, trainer_args):
     return [p for p in space if all(n in searched or fixed.get(n) == value for n, value in p.when)]
 
 
-def read_parameter(flag, row, whole):
-    """The Parameter that a row of --search_space describes. Errors: ValueError that says what is wrong."""
-    if not isinstance(row, dict):
-        raise ValueError(f"found {row!r}; expected low and high, or choices")
-    unknown = set(row) - {"low", "high", "log", "choices", "when"}
-    if unknown:
-        raise ValueError(f"found {', '.join(sorted(map(str, unknown)))}; expected low, high, log, choices, when")
-    when = tuple((row.get("when") or {}).items())
-    if "choices" in row:
-        if not isinstance(row["choices"], list) or not row["choices"] or "low" in row or "high" in row:
-            raise ValueError("expected either a list of choices, or low and high")
-        return Parameter(flag, choices=tuple(row["choices"]), when=when)
-    if "low" not in row or "high" not in row:
-        raise ValueError("expected low and high, or choices")
-    low, high = float(row["low"]), float(row["high"])  # YAML reads 1e-4 as a string
-    log = bool(row.get("log", False))
-    if not low < high:
-        raise ValueError(f"found low {low:g} and high {high:g}; expected low below high")
-    if log and low <= 0:
-        raise ValueError(f"found low {low:g} with log; expected a number above 0")
-    if whole and (low % 1 or high % 1):
-        raise ValueError(f"found {low:g} to {high:g}; expected whole numbers")
-    return Parameter(flag, low, high, log, whole, when=when)
-
-
 def corner_values(space):
     """Yields {flag: value} for each corner of each parameter, while the other parameters keep their first corner."""
     first = {p.flag: p.corners()[0] for p in space}
@@ -458,8 +325,166 @@ def suggest_flags(trial, sweep):
 
 
 # -----------------------------------------------------------------------------
-# 3 Study
+# 3 Sweep: the flags of every trial and evaluation
 # -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A parsed command line: the sweep's own flags, those of every trial and evaluation, and the search space."""
+
+    args: object
+    trainer_flags: dict  # the flags given after --, with absolute paths
+    trainer_args: object  # all flags of the trainer, parsed, with defaults
+    evaluation: dict  # flags of evaluate.py
+    space: list  # of Parameter
+
+    @property
+    def folder(self):
+        return Path(self.args.output_dir).expanduser().resolve()
+
+    @property
+    def lock(self):
+        """Held for every decision about who runs which trial. The kernel releases it when a process is killed."""
+        return filelock.FileLock(self.folder / ".lock")
+
+    @property
+    def directions(self):
+        return OBJECTIVES[self.args.objective][0]
+
+    @property
+    def metrics(self):
+        return OBJECTIVES[self.args.objective][1]
+
+    @property
+    def objective_names(self):
+        return self.metrics or ("validation loss",)
+
+    @property
+    def prunes(self):
+        return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
+
+    def signature(self):
+        """{name: value} of all that must not change between the commands that work on one study."""
+        names = ("objective", "trial_steps", "seed", "startup_trials", "pruner", "pruning_warmup")
+        signature = {name: getattr(self.args, name) for name in names}
+        signature["trainer"] = self.trainer_flags
+        signature["evaluation"] = self.evaluation
+        signature["search_space"] = {parameter.flag: parameter.describe() for parameter in self.space}
+        return signature
+
+
+def make_absolute(value):
+    """The absolute path for a file or folder that exists; any other value unchanged."""
+    if isinstance(value, list):
+        return [make_absolute(item) for item in value]
+    if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
+        return str(Path(value).resolve())
+    return value
+
+
+def given_flags(parser, words):
+    """{flag: value} given on a command line or in its --config, without defaults, with absolute paths."""
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    flags = vars(parser.parse_args(words))
+    flags.pop("config", None)
+    return {name: make_absolute(value) for name, value in flags.items()}
+
+
+def to_words(flags):
+    """The command line for {flag: value}. True becomes --flag, False --no-flag, and None is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words.append(f"--no-{name}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def make_evaluation(args, trainer_args):
+    """{flag: value} for evaluate.py, the same for every trial. Errors: InputError."""
+    flags = {"resolution": trainer_args.resolution}
+    for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
+        flags[name] = make_absolute(getattr(trainer_args, name))
+    if trainer_args.stage == "refiner":
+        flags["refiner_unet"] = make_absolute(trainer_args.refiner_unet)
+        base = trainer_args.validation_base_lora or trainer_args.text_encoder_2_lora
+        if base:
+            flags["lora"] = [make_absolute(base)]
+    if args.evaluation:
+        extra = read_yaml("evaluation", args.evaluation)
+        known = {action.dest for action in evaluate.make_parser()._actions}
+        for name in extra:
+            if name not in known or name in ("output_dir", "config", "report_to", "checkpoints"):
+                raise InputError(
+                    f"--evaluation: {args.evaluation}: {name} is not a flag of evaluate.py that a sweep accepts"
+                )
+            flags[name] = make_absolute(extra[name])
+    flags["prompts"] = make_absolute(args.prompts)
+    flags["seeds"] = args.seeds
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def refusal_of(flags):
+    """The trainer's error message for these flags, or None when it accepts them."""
+    with contextlib.redirect_stderr(io.StringIO()) as output:
+        try:
+            trainer.parse_args(to_words(flags))
+        except SystemExit:
+            return output.getvalue().partition("error: ")[2].strip()
+    return None
+
+
+def parse_args(argv=None):
+    """The Sweep that a command line describes. Every flag passes the checks of the script that will receive it."""
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    args, words = parse_own_flags(argv)
+    parser = make_parser()
+    gpus = torch.cuda.device_count()
+    if gpus and args.workers * args.processes_per_trial > gpus:
+        parser.error(
+            f"--workers: {args.workers} × {args.processes_per_trial} processes need as many GPUs; found {gpus}"
+        )
+    flags = given_flags(trainer.make_parser(), words)
+    for name in ("output_dir", "max_train_steps", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"):
+        if flags.pop(name, None) is not None:
+            parser.error(f"-- --{name}: the sweep sets it for each trial; leave it out")
+    scratch = {"output_dir": str(Path(args.output_dir) / "trial-0000"), "resume_from_checkpoint": "latest"}
+    trainer_args = trainer.parse_args(to_words(flags | scratch))
+    if args.objective == "val_loss" and not trainer_args.val_shards:
+        parser.error("--objective: val_loss needs --val_shards after --")
+    try:
+        space = make_search_space(args.search_space, flags, trainer_args)
+        evaluation = make_evaluation(args, trainer_args)
+    except InputError as error:
+        parser.error(str(error))
+    sweep = Sweep(args, flags, trainer_args, evaluation, space)
+    for values in corner_values(space):
+        refused = refusal_of(flags | scratch | values)
+        if refused:
+            parser.error(f"--search_space: {args.search_space or 'the default'}: {refused}")
+    if sweep.metrics:
+        example = {"output_dir": scratch["output_dir"]}
+        evaluate.parse_args(to_words(evaluation | example))
+    return sweep
+
+
+# -----------------------------------------------------------------------------
+# 4 Study
+# -----------------------------------------------------------------------------
+
+
+def drop_torn_line(journal):
+    """Removes a last line that a crash of the machine left incomplete; Optuna could not read the journal with it."""
+    data = journal.read_bytes() if journal.exists() else b""
+    if data and not data.endswith(b"\n"):
+        os.truncate(journal, data.rfind(b"\n") + 1)
 
 
 def open_study(sweep):
@@ -477,29 +502,15 @@ def open_study(sweep):
     except Exception as error:  # the database does not answer, or its URL is wrong
         raise InputError(f"--storage: {sweep.args.storage}: {' '.join(str(error).split())[:300]}") from error
     signature = json.loads(json.dumps(sweep.signature()))
-    if "law" in study.user_attrs:
-        check_signature(signature, study.user_attrs["law"])
-    else:
-        study.set_user_attr("law", signature)
-    return study
-
-
-def check_signature(signature, stored):
-    """Errors: InputError that names the first value that differs from the stored one."""
+    stored = study.user_attrs.get("law", signature)
     for name, value in signature.items():
         if value != stored[name]:
             flag = "flags after --" if name == "trainer" else f"--{name}"
-            raise InputError(
-                f"{flag}: found {json.dumps(value)}, but this study was started with {json.dumps(stored[name])}; "
-                "use the same value, or another --output_dir"
-            )
-
-
-def drop_torn_line(journal):
-    """Removes a last line that a crash of the machine left incomplete; Optuna could not read the journal with it."""
-    data = journal.read_bytes() if journal.exists() else b""
-    if data and not data.endswith(b"\n"):
-        os.truncate(journal, data.rfind(b"\n") + 1)
+            found = f"found {json.dumps(value)}, but this study was started with {json.dumps(stored[name])}"
+            raise InputError(f"{flag}: {found}; use the same value, or another --output_dir")
+    if "law" not in study.user_attrs:
+        study.set_user_attr("law", signature)
+    return study
 
 
 def make_sampler(sweep, proposal):
@@ -507,7 +518,7 @@ def make_sampler(sweep, proposal):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
-            seed=trainer.torch_seed(sweep.args.seed, proposal) % 2**32,
+            seed=sdxl_data.torch_seed(sweep.args.seed, proposal) % 2**32,
             n_startup_trials=sweep.args.startup_trials,
             multivariate=True,
             group=True,  # for parameters that apply only in some trials
@@ -516,12 +527,11 @@ def make_sampler(sweep, proposal):
 
 
 def make_pruner(sweep):
-    args = sweep.args
     if not sweep.prunes:
         return optuna.pruners.NopPruner()
-    if args.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(max(1, args.pruning_warmup), args.trial_steps)
-    return optuna.pruners.MedianPruner(args.startup_trials, args.pruning_warmup)
+    if sweep.args.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(max(1, sweep.args.pruning_warmup), sweep.args.trial_steps)
+    return optuna.pruners.MedianPruner(sweep.args.startup_trials, sweep.args.pruning_warmup)
 
 
 def worker_id():
@@ -569,7 +579,91 @@ def trial_flags(sweep, folder, searched):
 
 
 def write_yaml(path, content):
-    trainer.write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    sdxl_data.write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+# -----------------------------------------------------------------------------
+# 5 Processes
+# -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """While this runs, signals set `stop`; afterwards the caller's handlers are back."""
+    previous = {number: signal.signal(number, stop.receive) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        stop.number = None
+
+
+def die_with_parent():
+    """In a child on Linux: requests SIGTERM for the moment when the sweep dies, even if by SIGKILL."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # the sweep died before the call
+        os._exit(1)
+
+
+def start_child(command, log, variables):
+    """Starts a command with extra environment variables, in its own session: Ctrl-C reaches only the sweep."""
+    environment = dict(os.environ)
+    environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
+    environment.update(variables)
+    with open(log, "ab") as stream:
+        stream.write(f"$ {shlex.join(command)}\n".encode())
+        stream.flush()
+        return subprocess.Popen(
+            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+
+
+def end_processes(processes):
+    """Sends SIGTERM to the first process, which passes it on. Kills all that still run after STOP_SECONDS."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        processes[0].terminate()
+    _, left = psutil.wait_procs(processes, STOP_SECONDS)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, STOP_SECONDS)
+
+
+def end_child(child):
+    """Ends a child and all its descendants."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(child.pid)
+        end_processes([parent, *parent.children(recursive=True)])
+    child.wait()
+
+
+def end_leftovers(folder):
+    """Ends trainers and evaluations on this machine that still work in the trial of a dead worker."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or ()
+        ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
+        if ours and any(word.startswith(f"{folder}/") for word in words):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end_processes([process, *process.children(recursive=True)])
+
+
+def launch(sweep, script, words):
+    """The command that runs a script of this project with --processes_per_trial processes, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", sweep.args.accelerate_config]
+    command += ["--num_processes", str(sweep.args.processes_per_trial), "--main_process_port", str(port)]
+    return [*command, str(ROOT / script), *words]
+
+
+# -----------------------------------------------------------------------------
+# 6 Trial
+# -----------------------------------------------------------------------------
 
 
 def take_over_trial(study, sweep):
@@ -623,98 +717,8 @@ def claim_trial(study, sweep):
     return trial, folder
 
 
-# -----------------------------------------------------------------------------
-# 4 Processes
-# -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """While this runs, signals set `stop`; afterwards the caller's handlers are back."""
-    previous = {number: signal.signal(number, stop.receive) for number in stop.NUMBERS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        stop.number = None
-
-
-def die_with_parent():
-    """In a child on Linux: requests SIGTERM for the moment when the sweep dies, even if by SIGKILL."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # the sweep died before the call
-        os._exit(1)
-
-
-def start_child(command, log, variables):
-    """Starts a command with extra environment variables, in its own session: Ctrl-C reaches only the sweep."""
-    environment = dict(os.environ)
-    environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
-    environment.update(variables)
-    with open(log, "ab") as stream:
-        stream.write(f"$ {shlex.join(command)}\n".encode())
-        stream.flush()
-        return subprocess.Popen(
-            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
-            preexec_fn=die_with_parent,
-        )  # fmt: skip
-
-
-def end_processes(processes):
-    """Sends SIGTERM to the first process, which passes it on. Kills all that still run after STOP_SECONDS."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        processes[0].terminate()
-    _, left = psutil.wait_procs(processes, STOP_SECONDS)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, STOP_SECONDS)
-
-
-def end_child(child):
-    """Ends a child and all its descendants."""
-    try:
-        parent = psutil.Process(child.pid)
-        end_processes([parent, *parent.children(recursive=True)])
-    except psutil.NoSuchProcess:
-        pass
-    child.wait()
-
-
-def end_leftovers(folder):
-    """Ends trainers and evaluations on this machine that still work in the trial of a dead worker."""
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or ()
-        ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
-        if ours and any(word.startswith(f"{folder}/") for word in words):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end_processes([process, *process.children(recursive=True)])
-
-
-def launch(sweep, script, words):
-    """The command that runs a script of this project with --processes_per_trial processes, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", sweep.args.accelerate_config]
-    command += ["--num_processes", str(sweep.args.processes_per_trial), "--main_process_port", str(port)]
-    return [*command, str(ROOT / script), *words]
-
-
-# -----------------------------------------------------------------------------
-# 5 Trial
-# -----------------------------------------------------------------------------
-
-
 class TrialFailed(Exception):
-    """The trial failed by its own fault; the message is the reason."""
-
-
-class TrialKilled(TrialFailed):
-    """A process of the trial was killed from outside."""
+    """The message is the reason. It begins with "killed" when a process of the trial was ended from outside."""
 
 
 def validation_rows(folder):
@@ -756,7 +760,7 @@ def read_reason(log, code):
 def watch(child, folder, on_poll=lambda: None):
     """Waits for a child and calls `on_poll` regularly. The child is ended when `on_poll` raises.
 
-    Errors: TrialFailed or TrialKilled when the child failed, KeyboardInterrupt when the sweep received a signal.
+    Errors: TrialFailed when the child failed, KeyboardInterrupt when the sweep received a signal.
     """
     last_beat = 0.0
     try:
@@ -777,7 +781,7 @@ def watch(child, folder, on_poll=lambda: None):
     reason = read_reason(folder / "log.txt", child.returncode)
     launcher_saw_kill = re.search(r"Signal 9|SIGKILL|exitcode +: -9", tail_of(folder / "log.txt"))
     if launcher_saw_kill or child.returncode == -signal.SIGKILL:
-        raise TrialKilled(reason)
+        reason = f"killed, {reason}"
     raise TrialFailed(reason)
 
 
@@ -814,7 +818,7 @@ def train(sweep, study, trial, folder):
     watch(start_child(command, folder / "log.txt", environment), folder, report_losses)
     report_losses()  # the rows since the last poll
     if not (folder / f"checkpoint-{sweep.args.trial_steps}").exists():
-        raise TrialKilled("stopped from outside before its last step")
+        raise TrialFailed("killed, stopped from outside before its last step")
     losses = validation_rows(folder)
     if losses and math.isnan(losses[-1][1]):
         raise TrialFailed("the validation loss is not a number")
@@ -845,10 +849,7 @@ def read_values(sweep, trial, path):
 
 
 def run_trial(sweep, study, trial, folder):
-    """(TrialState, values, reason) of a trial, run from where it stopped.
-
-    Errors: KeyboardInterrupt when the sweep received a signal; the trial can be continued later.
-    """
+    """(TrialState, values, reason) of a trial, run from where it stopped. Errors: KeyboardInterrupt after a signal."""
     metrics_file = folder / "evaluation/metrics.json"
     try:
         if not metrics_file.exists():  # it exists when the sweep died before it could record the result
@@ -860,8 +861,6 @@ def run_trial(sweep, study, trial, folder):
         return TrialState.COMPLETE, read_values(sweep, trial, metrics_file), None
     except optuna.TrialPruned as pruned:
         return TrialState.PRUNED, None, str(pruned)
-    except TrialKilled as killed:
-        return TrialState.FAIL, None, f"killed, {killed}"
     except TrialFailed as failed:
         return TrialState.FAIL, None, str(failed)
 
@@ -891,24 +890,19 @@ def remove_big_files(study, sweep):
     busy = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     kept = [trial_folder(sweep, t) for t in [*ranked(study)[: sweep.args.keep_trials], *busy]]
     for folder in {trial_folder(sweep, t) for t in ended} - set(kept):
-        remove_images(folder / "evaluation")
+        images = folder / "evaluation/per_image.csv"
+        if images.exists():
+            with open(images, newline="", encoding="utf-8") as file:
+                *_, last = csv.DictReader(file)  # the first rows are of the base model, whose images all trials share
+            shutil.rmtree((images.parent / last["file"]).parent, ignore_errors=True)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
         for weights in folder.glob("*.safetensors"):
             weights.unlink(missing_ok=True)
 
 
-def remove_images(evaluation):
-    """Deletes the images of a trial's model. Those of the base model stay: all trials share them."""
-    table = evaluation / "per_image.csv"
-    if table.exists():
-        with open(table, newline="", encoding="utf-8") as file:
-            *_, last = csv.DictReader(file)  # the rows of the base model come first
-        shutil.rmtree((evaluation / last["file"]).parent, ignore_errors=True)
-
-
 # -----------------------------------------------------------------------------
-# 6 Report
+# 7 Report
 # -----------------------------------------------------------------------------
 
 
@@ -918,26 +912,19 @@ def decode_params(sweep, params):
     return {name: json.loads(value) if name in encoded else value for name, value in params.items()}
 
 
-def finished_values(trial):
-    """[value of each objective]; empty unless the trial finished, since Optuna's value of a pruned trial is a loss."""
-    return trial.values if trial.state == TrialState.COMPLETE else []
-
-
 def validation_losses(trial):
     """{step: validation loss}. A study that maximizes stores them with a minus sign, see `train`."""
     return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
 
 
 def format_value(value):
+    if value is None:
+        return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def format_params(params):
     return ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
-
-
-def describe(trial):
-    return f"trial {trial.number}: {format_params(trial.params)}"
 
 
 def write_best_params(study, sweep):
@@ -952,12 +939,13 @@ def write_best_params(study, sweep):
 
 
 def table_row(sweep, trial):
-    """{column: value} of a trial for trials.csv."""
+    """{column: value} of a trial, for trials.csv and the report."""
     names = sweep.metrics or ("val_loss",)
     params = decode_params(sweep, trial.params)
     losses = list(validation_losses(trial).values())
     row = {"trial": trial.number, "folder": trial_folder(sweep, trial).name, "state": trial.state.name.lower()}
-    row.update(itertools.zip_longest(names, finished_values(trial)))
+    finished = trial.state == TrialState.COMPLETE  # the value of a pruned trial is a loss
+    row.update(zip(names, trial.values if finished else [None] * len(names)))
     row.update((parameter.flag, params.get(parameter.flag)) for parameter in sweep.space)
     row["last_val_loss"] = losses[-1] if losses else None
     row["seconds"] = round(trial.duration.total_seconds(), 1) if trial.duration else None
@@ -973,7 +961,40 @@ def write_trials_csv(study, sweep):
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        trainer.write_file(sweep.folder / "trials.csv", text.getvalue().encode())
+        sdxl_data.write_file(sweep.folder / "trials.csv", text.getvalue().encode())
+
+
+def label_choices(axes):
+    """Shortens and slants the labels of choices where they would overlap."""
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    slanted = max(map(len, names)) * len(names) > 40
+    # A choice such as "$_" is not a formula.
+    axes.set_xticks(axes.get_xticks(), names, parse_math=False, rotation=20 if slanted else 0)
+
+
+def restyle(axes):
+    """Changes Axes of Optuna to the style of the page, and makes small charts readable."""
+    axes.set_title("", loc="center")
+    axes.set_title("", loc="left")
+    axes.set_facecolor("none")
+    axes.grid(False)
+    axes.tick_params(colors="black", labelsize=9)
+    artist.setp(list(axes.spines.values()), color="black")
+    artist.setp(axes.patches, color="tab:blue")  # bars
+    artist.setp(axes.lines, alpha=1)
+    artist.setp(axes.collections, cmap="cool")  # points, in colours that can be seen on white and on black
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color="black", fontsize=10)
+        if isinstance(axis.get_major_locator(), ticker.MaxNLocator):
+            counts = axis.label.get_text() in ("Trial", "step")
+            axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=counts, min_n_ticks=1))
+    if isinstance(axes.xaxis.get_major_formatter(), category.StrCategoryFormatter):
+        label_choices(axes)
+    if axes.get_legend():
+        axes.get_legend().remove()  # Optuna's legend is outside of the axes and shrinks them
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, fontsize=9)
 
 
 def draw_chart(study, plot, caption, **options):
@@ -993,43 +1014,6 @@ def draw_chart(study, plot, caption, **options):
     return caption, chart
 
 
-def label_choices(axes):
-    """Shortens and slants the labels of choices where they would overlap."""
-    names = [label.get_text() for label in axes.get_xticklabels()]
-    names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
-    slanted = max(map(len, names)) * len(names) > 40
-    # A choice such as "$_" is not a formula.
-    axes.set_xticks(axes.get_xticks(), names, parse_math=False, rotation=20 if slanted else 0)
-
-
-def restyle(axes):
-    """Changes Axes of Optuna to the style of the page, and makes small charts readable."""
-    axes.set_title("", loc="center")
-    axes.set_title("", loc="left")
-    axes.set_facecolor("none")
-    axes.grid(False)
-    axes.tick_params(colors="black", labelsize=9)
-    for spine in axes.spines.values():
-        spine.set_color("black")
-    for bar in axes.patches:
-        bar.set_color("tab:blue")
-    for line in axes.lines:
-        line.set_alpha(1)
-    for points in axes.collections:
-        points.set_cmap("cool")  # can be seen on white and on black
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color="black", fontsize=10)
-        if isinstance(axis.get_major_locator(), ticker.MaxNLocator):
-            counts = axis.label.get_text() in ("Trial", "step")
-            axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=counts, min_n_ticks=1))
-    if isinstance(axes.xaxis.get_major_formatter(), category.StrCategoryFormatter):
-        label_choices(axes)
-    if axes.get_legend():
-        axes.get_legend().remove()  # Optuna's legend is outside of the axes and shrinks them
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=9)
-
-
 def plot_validation_losses(study):
     """Axes with the validation loss of each trial over its steps. Pruned and failed trials are grey."""
     from matplotlib import pyplot
@@ -1043,13 +1027,6 @@ def plot_validation_losses(study):
     return axes
 
 
-def objective_targets(sweep):
-    """[(name, function of a trial)] per objective. None for a single one: only then Optuna draws the best so far."""
-    if len(sweep.directions) == 1:
-        return [(sweep.objective_names[0], None)]
-    return [(name, lambda trial, i=i: trial.values[i]) for i, name in enumerate(sweep.objective_names)]
-
-
 def draw_charts(study, sweep):
     """{heading: [(caption, SVG)]} of the charts for which there are enough trials."""
     plots = optuna.visualization.matplotlib  # Optuna imports it at this first use
@@ -1058,11 +1035,14 @@ def draw_charts(study, sweep):
     searched = [p.flag for p in sweep.space if any(p.flag in trial.params for trial in done)]
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # arXiv:2304.10255
     progress, importance, slices = [], [], []
-    for name, target in objective_targets(sweep):
+    targets = [lambda trial: trial.values[0], lambda trial: trial.values[1]]
+    if len(sweep.directions) == 1:
+        targets = [None]  # only then Optuna draws the best value so far
+    for name, target in zip(sweep.objective_names, targets):
         draw = functools.partial(draw_chart, study, target=target, target_name=name)
         if done:
             progress.append(draw(plots.plot_optimization_history, f"{name} of each trial"))
-        if len(done) > 1:
+        if searched and len(done) > 1:
             importance.append(draw(plots.plot_param_importances, f"importance for {name}", evaluator=evaluator))
             slices += [draw(plots.plot_slice, f"{name} over {flag}", params=[flag]) for flag in searched]
     if done and len(sweep.directions) > 1:
@@ -1073,41 +1053,15 @@ def draw_charts(study, sweep):
     return {"Progress": progress, "Importance": importance, "Slices": slices}
 
 
-def best_trials(study, sweep):
-    """What the report shows of the best trials: flags, metrics, and a picture of the base model beside the trial."""
-    best = []
-    for trial in ranked(study)[: sweep.args.keep_trials]:
-        metrics = trial.user_attrs.get("metrics", {})
-        best.append({
-            "number": trial.number,
-            "result": ", ".join(f"{value:.4f}" for value in trial.values),
-            "params": format_params(trial.params),
-            "metrics": ", ".join(f"{evaluate.METRICS[name]} {found['mean']:.3f}" for name, found in metrics.items()),
-            "picture": read_grid(sweep, trial_folder(sweep, trial) / "evaluation/grid.png"),
-        })  # fmt: skip
-    return best
-
-
-def read_grid(sweep, path):
-    """Data URI of the first six prompts of an evaluation's grid, or None without a grid."""
+def read_grid(sweep, trial):
+    """Data URI of the first six rows of the evaluation's grid, one per prompt; None without a grid."""
+    path = trial_folder(sweep, trial) / "evaluation/grid.png"
     if not path.exists():
         return None
     with Image.open(path) as grid:
         prompts = len(evaluate.read_prompts(sweep.evaluation.get("prompts")))
         height = grid.height // prompts * min(prompts, 6)
         return evaluate.data_uri(grid.crop((0, 0, grid.width, height)), 768)
-
-
-def report_rows(study, sweep):
-    """[(trial number, its other cells)] for the table of the report."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        params = decode_params(sweep, trial.params)
-        values = [f"{value:.4f}" for value in finished_values(trial)] or ["–"] * len(sweep.directions)
-        flags = [format_value(params.get(parameter.flag, "–")) for parameter in sweep.space]
-        cells = [*values, *flags, trial.state.name.lower(), trial.user_attrs.get("reason", "")]
-        rows.append((trial.number, cells))
-    return rows
 
 
 BODY = """
@@ -1119,12 +1073,17 @@ Use best_params.yaml as --config of a full run.</p>
 <div class="best">
 {% for trial in best %}
 <section>
-<h3>Trial {{ trial.number }}: {{ trial.result }}</h3>
-<p>{{ trial.params }}</p>
-<p><small>{{ trial.metrics }}</small></p>
-{% if trial.picture %}
+<h3>Trial {{ trial.number }}: {{ trial.values | map("round", 4) | join(", ") }}</h3>
+<p>{{ format_params(trial.params) }}</p>
+<p><small>
+{% for name, found in trial.user_attrs.get("metrics", {}).items() %}
+{{ metrics[name] }} {{ found.mean | round(3) }}{% if not loop.last %}, {% endif %}
+{% endfor %}
+</small></p>
+{% set grid = read_grid(trial) %}
+{% if grid %}
 <figure>
-<img src="{{ trial.picture }}" alt="images by the base model and trial {{ trial.number }}">
+<img src="{{ grid }}" alt="images by the base model and trial {{ trial.number }}">
 <figcaption>base model (left) and this trial (right)</figcaption>
 </figure>
 {% endif %}
@@ -1133,7 +1092,6 @@ Use best_params.yaml as --config of a full run.</p>
 <p>No trial has finished yet.</p>
 {% endfor %}
 </div>
-
 {% for heading, charts in sections.items() if charts %}
 <h2>{{ heading }}</h2>
 <div class="plots">
@@ -1142,21 +1100,17 @@ Use best_params.yaml as --config of a full run.</p>
 {% endfor %}
 </div>
 {% endfor %}
-
 <h2>All trials</h2>
-{% if rows %}
 <div class="scroll">
 <table>
 <tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for number, cells in rows %}
-<tr><th>{{ number }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for name in columns %}<td>{{ format_value(row[name]) }}</td>{% endfor %}</tr>
+{% else %}
+<tr><td colspan="{{ columns | length }}">No trial has started yet.</td></tr>
 {% endfor %}
 </table>
 </div>
-{% else %}
-<p>No trial has started yet.</p>
-{% endif %}
-
 <h2>How this report was made</h2>
 <pre>{{ command }}</pre>
 <p><small>{{ versions }}</small></p>
@@ -1165,21 +1119,27 @@ Use best_params.yaml as --config of a full run.</p>
 
 def write_report(study, sweep, argv):
     """report.html: a single file that loads nothing from anywhere."""
-    count = collections.Counter(trial.state for trial in study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    count = collections.Counter(trial.state for trial in trials)
+    searched = [parameter.flag for parameter in sweep.space]
     page = evaluate.render_page(
         BODY,
         title=f"Trials: {count[TrialState.COMPLETE]} finished, {count[TrialState.PRUNED]} pruned, "
         f"{count[TrialState.FAIL]} failed, {count[TrialState.RUNNING]} running",
         objective=sweep.args.objective,
         steps=sweep.args.trial_steps,
-        best=best_trials(study, sweep),
+        best=ranked(study)[: sweep.args.keep_trials],
+        metrics=evaluate.METRICS,
+        read_grid=functools.partial(read_grid, sweep),
         sections=draw_charts(study, sweep),
-        columns=["trial", *sweep.objective_names, *(parameter.flag for parameter in sweep.space), "state", "reason"],
-        rows=report_rows(study, sweep),
+        columns=["trial", *(sweep.metrics or ["val_loss"]), *searched, "state", "reason"],
+        rows=[table_row(sweep, trial) for trial in trials],
+        format_params=format_params,
+        format_value=format_value,
         command=shlex.join(["hpo_sweep.py", *argv]),
         versions=f"optuna {optuna.__version__}, torch {torch.__version__}",
     )
-    trainer.write_file(sweep.folder / "report.html", page.encode())
+    sdxl_data.write_file(sweep.folder / "report.html", page.encode())
 
 
 def write_outputs(study, sweep, argv):
@@ -1190,19 +1150,16 @@ def write_outputs(study, sweep, argv):
 
 
 # -----------------------------------------------------------------------------
-# 7 Main
+# 8 Main
 # -----------------------------------------------------------------------------
 
 
 def log_result(study, sweep, trial, state, values, reason):
     if state == TrialState.COMPLETE:
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(sweep.objective_names, values))
-        best = ranked(study)[0].number
-        logger.info("trial %d finished: %s (best: trial %d)", trial.number, shown, best)
-    elif state == TrialState.PRUNED:
-        logger.info("trial %d pruned: %s", trial.number, reason)
-    else:
-        logger.info("trial %d failed: %s", trial.number, reason)
+        found = ", ".join(f"{name} {value:.4f}" for name, value in zip(sweep.objective_names, values))
+        reason = f"{found} (best: trial {ranked(study)[0].number})"
+    ended = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    logger.info("trial %d %s: %s", trial.number, ended[state], reason)
 
 
 def run_trials(sweep, argv):
@@ -1216,7 +1173,7 @@ def run_trials(sweep, argv):
         if claimed is None:
             break
         trial, folder = claimed
-        logger.info("%s", describe(trial))
+        logger.info("trial %d: %s", trial.number, format_params(trial.params))
         try:
             state, values, reason = run_trial(sweep, study, trial, folder)
         except KeyboardInterrupt:
@@ -1239,21 +1196,17 @@ def split_gpus(visible, workers, each):
     return [",".join(gpus[n * each : (n + 1) * each]) for n in range(workers)]
 
 
-def start_worker(argv, gpus):
-    """Starts this script as a single worker that sees only these GPUs."""
-    own, words = split_words(argv)
-    command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
-    environment = dict(os.environ)
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
-
-
 def run_workers(sweep, argv):
     """Runs --workers processes of this script, each with its share of the GPUs. Returns their worst exit status."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    shares = split_gpus(visible, sweep.args.workers, sweep.args.processes_per_trial)
-    workers = [start_worker(argv, gpus) for gpus in shares]
+    own, words = split_words(argv)
+    command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
+    workers = []
+    for gpus in split_gpus(visible, sweep.args.workers, sweep.args.processes_per_trial):
+        environment = dict(os.environ)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus
+        workers.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent))
     signalled = False
     while any(worker.poll() is None for worker in workers):
         if stop and not signalled:

@@ -2474,8 +2474,8 @@ class SignalListener:
     def give_up(self):
         if not stop.has_step:
             self.exit_without_saving()
-        found = f"no step has finished for {STOP_SECONDS} s: another process died or hangs"
-        logger.error("%s: %s; the newest checkpoint is intact", signal.Signals(stop.number).name, found)
+        name = signal.Signals(stop.number).name
+        logger.error("%s: no step has finished for %d s; the newest checkpoint is intact", name, STOP_SECONDS)
         os._exit(1)
 
     def exit_without_saving(self):
@@ -2736,12 +2736,9 @@ def begin(run, checkpoint):
     if accelerator.is_main_process:
         restore_output_dir(run, checkpoint)
     flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
-    name = Path(args.output_dir).name
-    options = {
-        "tensorboard": {"purge_step": run.progress.step + 1},
-        # a resumed run continues in the same W&B run
-        "wandb": {"id": run.progress.run_id, "resume": "allow", "name": name, "dir": args.output_dir},
-    }
+    options = {"tensorboard": {"purge_step": run.progress.step + 1}}
+    options["wandb"] = {"id": run.progress.run_id, "resume": "allow", "dir": args.output_dir}  # the same run on resume
+    options["wandb"]["name"] = Path(args.output_dir).name
     accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
 
 

@@ -210,7 +210,10 @@ def test_a_picture_that_cannot_be_decoded_is_counted_by_its_reason_and_named_onc
     last = [row for row in result.metrics() if "loss" in row][-1]
     assert rows and len({row["key"] for row in rows}) == len(rows)
     assert last["skipped"] == last["skipped/cannot decode image"] >= len(rows)
-    assert f"damaged samples, not trained on and listed in skipped.jsonl: {{'cannot decode image': {len(rows)}}}" in result.output
+    assert (
+        f"damaged samples, not trained on and listed in skipped.jsonl: {{'cannot decode image': {len(rows)}}}"
+        in result.output
+    )
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(flags, tmp_path):
