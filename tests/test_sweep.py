@@ -591,7 +591,7 @@ def test_the_best_params_of_real_trials_train_a_lora(words, tmp_path):
     for t in trials:
         diverges = t.params["learning_rate"] > 1
         assert t.state == (TrialState.FAIL if diverges else TrialState.COMPLETE)
-        assert not diverges or t.user_attrs["reason"].startswith("exit 1: --learning_rate: loss is nan")
+        assert not diverges or "loss is nan" in t.user_attrs["reason"]
     finished = [t.state for t in trials].count(TrialState.COMPLETE)
     assert len(list((folder / "images").iterdir())) == 1 + finished  # the images of the base model are made once
     assert "data:image" in (folder / "report.html").read_text()
