@@ -314,7 +314,7 @@ def test_a_dry_run_shows_the_scores(flags, tmp_path):
     scores = json.loads((tmp_path / "run/preview/preview.json").read_text())["aesthetic_scores"]
     facts = json.loads((tmp_path / "run/preview/preview.json").read_text())
     assert sum(scores.values()) == facts["images"] and scores["none"] > 0 and scores["5 to 6"] > 0
-    assert f"none: {scores['none']} (taken as 6)" in result.output
+    assert f"none: {scores['none']} (trained with 6)" in result.output
 
 
 # ---- wrong flags
@@ -328,7 +328,7 @@ def test_a_dry_run_shows_the_scores(flags, tmp_path):
         (["--text_encoder_2_lora", "x"], "--text_encoder_2_lora: found with --stage base"),
         (["--stage", "refiner", "--refiner_unet", "./nowhere"], "--refiner_unet: no UNet in nowhere"),
         ([*STAGE, "--snr_gamma", 5], "--snr_gamma: found 5.0; the refiner takes 0"),
-        ([*STAGE, "--train_text_encoder"], "--train_text_encoder: the refiner's encoder is frozen"),
+        ([*STAGE, "--train_text_encoder"], "--train_text_encoder: train it with --stage base"),
         ([*STAGE, "--refiner_timestep_band", 9, 3], "--refiner_timestep_band: found 9 3"),
         ([*STAGE, "--text_encoder_2_lora", "nowhere.st"], "--text_encoder_2_lora: no file nowhere.st"),
         ([*STAGE, "--validation_base_lora", "nowhere.st"], "--validation_base_lora: no file nowhere.st"),
@@ -352,7 +352,7 @@ def test_wrong_flags_are_one_line(flags, tmp_path, words, reason):
 def test_a_unet_or_band_that_does_not_fit_is_one_line(flags, tmp_path, words, reason):
     result = run_trainer([*flags, *words], tmp_path / "run")
     assert result.codes == [1] and result.output.rstrip().splitlines()[-1].startswith(
-        f"train_sdxl_lora.InputError: {reason}"
+        f"sdxl_data.InputError: {reason}"
     )
 
 

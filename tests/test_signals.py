@@ -23,6 +23,7 @@ from harness import (
 )
 from hooks import rank_of
 
+import sdxl_data
 import train_sdxl_lora as trainer
 
 STEPS = 6
@@ -119,10 +120,10 @@ def test_many_signals_also_to_the_loader_processes_are_one_stop(busy_flags, tmp_
 
 
 def test_signals_are_the_callers_own_again_after_main():
-    handlers = [signal.getsignal(number) for number in trainer.StopSignal.NUMBERS]
+    handlers = [signal.getsignal(number) for number in sdxl_data.STOP_SIGNALS]
     for _ in range(2):
         with trainer.stop_signals():
-            trainer.stop.begun = trainer.stop.patient = True
+            trainer.stop.has_step = trainer.stop.patient = True
             os.kill(os.getpid(), signal.SIGUSR1)
             deadline = time.monotonic() + 5
             while not trainer.stop and time.monotonic() < deadline:
@@ -132,7 +133,7 @@ def test_signals_are_the_callers_own_again_after_main():
                 pass
             assert signal.getsignal(signal.SIGTERM) is not handlers[0]
         assert not trainer.stop
-        assert [signal.getsignal(number) for number in trainer.StopSignal.NUMBERS] == handlers
+        assert [signal.getsignal(number) for number in sdxl_data.STOP_SIGNALS] == handlers
         assert signal.set_wakeup_fd(-1) == -1
 
 

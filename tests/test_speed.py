@@ -111,7 +111,7 @@ def test_two_runs_fill_one_cache_at_the_same_time(flags, tmp_path):
 def stop_in_file(number, signal_, module):
     """A signal as the `number`-th file of a cache is to be written."""
     small_files(module)
-    original, calls = module.EncodingCache.write, []
+    original, calls = module.data.EncodingCache.write, []
 
     def write(cache, path, samples):
         calls.append(1)
@@ -120,7 +120,7 @@ def stop_in_file(number, signal_, module):
             time.sleep(0.5)
         original(cache, path, samples)
 
-    module.EncodingCache.write = write
+    module.data.EncodingCache.write = write
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
@@ -231,7 +231,7 @@ def test_pictures_of_a_cached_run_are_those_of_an_uncached_one(flags, tmp_path):
 @pytest.mark.parametrize("more, told", [
     (["--cache_latents"], "--cache_latents: --crop random_ar moves the window at every step; give --crop center"),
     (["--cache_text_embeddings", "--train_text_encoder"], "--cache_text_embeddings: contradicts --train_text_encoder"),
-    (["--base_precision", "nf4", "--use_dora"], "--base_precision: nf4 has no weights for --use_dora"),
+    (["--base_precision", "nf4", "--use_dora"], "--base_precision: nf4 does not work with --use_dora"),
     (["--attention_backend", "fast"], "--attention_backend: invalid choice: 'fast'"),
     (["--gradient_checkpointing", "some"], "--gradient_checkpointing: invalid choice: 'some'"),
 ])  # fmt: skip
