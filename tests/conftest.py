@@ -1,6 +1,8 @@
+import shutil
+
 import pytest
 import torch
-from harness import SDXL
+from harness import SDXL, assert_ok, run_trainer
 from world import make_dataset
 
 pytest_plugins = ["skips"]
@@ -32,3 +34,16 @@ def flags(world):
         *("--logging_steps", 1, "--learning_rate", 1e-3, "--rank", 2, "--report_to", "none"),
         *("--mixed_precision", "no", "--dataloader_num_workers", 0),
     ]
+
+
+@pytest.fixture(scope="session")
+def trained(flags, tmp_path_factory):
+    """The finished run of `flags`, with checkpoints 2 and 4. Nothing may change it; `own_run` is a copy."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return assert_ok(run_trainer([*flags, "--checkpointing_steps", 2], folder))
+
+
+@pytest.fixture
+def own_run(trained, tmp_path):
+    """tmp_path / "run", a copy of the finished run."""
+    return shutil.copytree(trained.output_dir, tmp_path / "run")

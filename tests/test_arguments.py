@@ -1,13 +1,18 @@
 import argparse
+import ast
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from harness import SDXL, run_trainer
 
+import evaluate
+import hpo_sweep
+import train_sdxl_lora
 from sdxl_data import expand_shards, read_species_csv
 from train_sdxl_lora import default_workers, make_parser, parse_args, read_prompts
 
@@ -364,3 +369,178 @@ def test_prompts_come_from_the_flag_then_from_the_file(parse, folder):
     assert read_prompts(parse("--validation_prompts p.txt --validation_prompt first")) == ["first", "a mew", "a pichu"]
     assert read_prompts(parse("--validation_prompts p.jsonl")) == ["a mew"]
     assert read_prompts(parse("")) == []
+
+
+# ---- every flag has an effect, and a test of it
+
+# flag → the test that fails when the flag has no effect
+TRAINER_FLAGS = {
+    "pretrained_model_name_or_path": "test_resume.py::test_another_base_model_is_refused",
+    "pretrained_vae_model_name_or_path": "test_models.py::test_another_vae_is_loaded_from_its_own_folder",
+    "revision": "test_models.py::test_revision_variant_and_cache_dir_are_asked_for_with_every_part",
+    "variant": "test_models.py::test_revision_variant_and_cache_dir_are_asked_for_with_every_part",
+    "stage": "test_refiner.py::test_only_the_refiner_unet_changes",
+    "refiner_unet": "test_refiner.py::test_a_snapshot_with_unet_is_as_good_as_its_folder",
+    "text_encoder_2_lora": "test_refiner.py::test_the_merged_encoder_says_what_the_base_pipeline_with_its_lora_says",
+    "rank": "test_models.py::test_rank_alpha_and_rslora_make_the_scale",
+    "lora_alpha": "test_models.py::test_rank_alpha_and_rslora_make_the_scale",
+    "lora_dropout": "test_models.py::test_lora_dropout_is_on_every_adapter",
+    "lora_target_modules": "test_models.py::test_an_unknown_target_is_an_error_that_names_the_flag_and_the_target",
+    "use_dora": "test_checkpoints.py::test_a_dora_kohya_file_has_dora_scale",
+    "use_rslora": "test_models.py::test_rank_alpha_and_rslora_make_the_scale",
+    "train_text_encoder": "test_models.py::test_the_last_layer_of_text_encoder_alone_has_no_adapter",
+    "text_encoder_rank": "test_models.py::test_rank_alpha_and_rslora_make_the_scale",
+    "text_encoder_alpha": "test_models.py::test_rank_alpha_and_rslora_make_the_scale",
+    "vae_precision": "test_models.py::test_adapters_are_fp32_whatever_the_base_is",
+    "base_precision": "test_speed.py::test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step",
+    "gradient_checkpointing": "test_speed.py::test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step",
+    "attention_backend": "test_speed.py::test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step",
+    "compile": "test_speed.py::test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so",
+    "train_shards": "test_sources.py::test_every_source_gives_the_stream_of_the_local_files",
+    "val_shards": "test_validation.py::test_a_run_is_validated_every_so_many_steps_or_epochs_and_at_the_end",
+    "train_data_dir": "test_index.py::test_an_image_folder_is_indexed_like_a_shard",
+    "dataset_name": "test_sources.py::test_a_dataset_enters_the_same_stream",
+    "dataset_config_name": "test_data_flags.py::test_the_configuration_of_a_dataset_is_asked_for_by_name",
+    "image_column": "test_sources.py::test_a_dataset_enters_the_same_stream",
+    "caption_column": "test_sources.py::test_a_dataset_enters_the_same_stream",
+    "max_train_samples": "test_index.py::test_max_train_samples_takes_the_same_samples_whatever_the_shards",
+    "max_bad_fraction": "test_damage.py::test_too_many_damaged_samples_end_the_run_and_name_the_flag",
+    "cache_dir": "test_models.py::test_revision_variant_and_cache_dir_are_asked_for_with_every_part",
+    "resolution": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "crop": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "center_crop": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "random_flip": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "image_interpolation_mode": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "species_csv": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "species_key": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "species_choice": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "species_mix": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "species_mix_schedule": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "aesthetic_key": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "aesthetic_scale": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "train_batch_size": "test_train.py::test_the_samples_of_a_step_depend_on_the_global_batch_alone",
+    "dataloader_num_workers": "test_speed.py::test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step",
+    "cache_latents": "test_speed.py::test_pictures_of_a_cached_run_are_those_of_an_uncached_one",
+    "caption_dropout_rate": "test_train_step.py::test_the_flags_of_the_loss_reach_it",
+    "long_captions": "test_speed.py::test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step",
+    "dropped_caption": "test_train_step.py::test_the_flags_of_the_loss_reach_it",
+    "cache_text_embeddings": "test_speed.py::test_pictures_of_a_cached_run_are_those_of_an_uncached_one",
+    "snr_gamma": "test_train_step.py::test_the_flags_of_the_loss_reach_it",
+    "prediction_type": "test_models.py::test_the_noise_scheduler_is_ddpm_with_the_betas_of_the_snapshot",
+    "noise_offset": "test_train_step.py::test_the_flags_of_the_loss_reach_it",
+    "refiner_timestep_band": "test_refiner.py::test_training_and_validation_stay_in_the_band",
+    "optimizer": "test_optimizer.py::test_prodigy_finds_its_own_step",
+    "use_8bit_adam": "test_arguments.py::test_a_command_line_of_diffusers_runs_unchanged",
+    "learning_rate": "test_train.py::test_the_learning_rate_ends_at_zero_on_two_processes_with_accumulation",
+    "text_encoder_lr_scale": "test_speed.py::test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step",
+    "scale_lr": "test_train.py::test_command_lines_of_diffusers_users_run_unchanged",
+    "lr_scheduler": "test_train.py::test_command_lines_of_diffusers_users_run_unchanged",
+    "lr_warmup_steps": "test_train.py::test_the_learning_rate_ends_at_zero_on_two_processes_with_accumulation",
+    "adam_beta1": "test_optimizer.py::test_the_default_is_fused_adamw_with_the_flags_and_rates_of_the_groups",
+    "adam_beta2": "test_optimizer.py::test_the_default_is_fused_adamw_with_the_flags_and_rates_of_the_groups",
+    "adam_weight_decay": "test_optimizer.py::test_the_default_is_fused_adamw_with_the_flags_and_rates_of_the_groups",
+    "adam_epsilon": "test_optimizer.py::test_the_default_is_fused_adamw_with_the_flags_and_rates_of_the_groups",
+    "max_grad_norm": "test_train_step.py::test_gradients_are_scaled_to_max_grad_norm_and_the_norm_before_that_is_told",
+    "on_nonfinite": "test_nonfinite.py::test_steps_without_a_finite_loss_are_skipped_when_asked_but_not_for_ever",
+    "max_train_steps": "test_train.py::test_latest_without_a_checkpoint_starts_fresh",
+    "num_train_epochs": "test_train.py::test_command_lines_of_diffusers_users_run_unchanged",
+    "gradient_accumulation_steps": "test_process.py::test_precision_and_accumulation_are_those_of_the_flags",
+    "output_dir": "test_checkpoints.py::test_the_oldest_checkpoints_are_pruned",
+    "overwrite_output_dir": "test_train.py::test_checkpoints_in_the_way_are_refused_or_overwritten",
+    "checkpointing_steps": "test_checkpoints.py::test_no_checkpoint_before_checkpointing_after_steps",
+    "checkpointing_after_steps": "test_checkpoints.py::test_no_checkpoint_before_checkpointing_after_steps",
+    "checkpoints_total_limit": "test_checkpoints.py::test_the_oldest_checkpoints_are_pruned",
+    "resume_from_checkpoint": "test_checkpoints.py::test_a_checkpoint_is_also_found_by_its_name_as_in_diffusers",
+    "allow_batch_change": "test_resume.py::test_another_global_batch_is_refused_or_goes_on_in_the_same_pass",
+    "push_to_hub": "test_train.py::test_push_to_hub_uploads_without_the_token_in_any_file",
+    "hub_token": "test_train.py::test_push_to_hub_uploads_without_the_token_in_any_file",
+    "hub_model_id": "test_train.py::test_push_to_hub_uploads_without_the_token_in_any_file",
+    "validation_prompt": "test_validation.py::test_sample_pictures_are_made_as_the_flags_say",
+    "validation_prompts": "test_validation.py::test_sample_pictures_are_made_as_the_flags_say",
+    "num_validation_images": "test_validation.py::test_sample_pictures_are_made_as_the_flags_say",
+    "validation_steps": "test_validation.py::test_a_run_is_validated_every_so_many_steps_or_epochs_and_at_the_end",
+    "validation_epochs": "test_validation.py::test_a_run_is_validated_every_so_many_steps_or_epochs_and_at_the_end",
+    "validation_base_lora": "test_refiner.py::test_stock_diffusers_draws_the_same_two_stage_picture_from_both_files",
+    "denoising_start": "test_validation.py::test_sample_pictures_are_made_as_the_flags_say",
+    "val_max_batches": "test_validation.py::test_the_validation_loss_ends_after_val_max_batches",
+    "config": "test_arguments.py::test_a_config_file_gives_flags_and_the_command_line_wins",
+    "seed": "test_checkpoints.py::test_files_depend_on_neither_path_nor_workers",
+    "mixed_precision": "test_process.py::test_precision_and_accumulation_are_those_of_the_flags",
+    "allow_tf32": "test_process.py::test_tf32_and_deterministic_kernels_are_asked_for",
+    "deterministic": "test_process.py::test_tf32_and_deterministic_kernels_are_asked_for",
+    "report_to": "test_process.py::test_report_to_names_the_trackers_beside_metrics_jsonl",
+    "logging_dir": "test_process.py::test_logs_go_where_logging_dir_says",
+    "logging_steps": "test_train.py::test_latest_without_a_checkpoint_starts_fresh",
+    "dry_run": "test_validation.py::test_a_dry_run_counts_the_adapters_that_training_saves",
+}
+EVALUATION_FLAGS = {
+    "prompts": "test_evaluate.py::test_prompts_of_one_species_without_an_aesthetic_head_are_scored_too",
+    "seeds": "test_evaluate.py::test_all_outputs_are_there_and_agree",
+    "pretrained_model_name_or_path": "test_evaluate.py::test_all_outputs_are_there_and_agree",
+    "revision": "test_pictures.py::test_revision_variant_cache_and_precision_are_asked_for",
+    "variant": "test_pictures.py::test_revision_variant_cache_and_precision_are_asked_for",
+    "lora": "test_evaluate.py::test_all_outputs_are_there_and_agree",
+    "checkpoints": "test_evaluate.py::test_checkpoints_are_plotted_over_steps",
+    "lora_scale": "test_pictures.py::test_a_lora_has_the_strength_of_lora_scale",
+    "refiner_unet": "test_pictures.py::test_the_refiner_takes_over_where_denoising_start_says",
+    "refiner_lora": "test_evaluate.py::test_a_refined_image_is_the_stock_pipelines_with_both_loras",
+    "denoising_start": "test_pictures.py::test_the_refiner_takes_over_where_denoising_start_says",
+    "resolution": "test_pictures.py::test_size_steps_guidance_and_negative_prompt_are_those_of_the_flags",
+    "num_inference_steps": "test_pictures.py::test_size_steps_guidance_and_negative_prompt_are_those_of_the_flags",
+    "guidance_scale": "test_pictures.py::test_size_steps_guidance_and_negative_prompt_are_those_of_the_flags",
+    "negative_prompt": "test_pictures.py::test_size_steps_guidance_and_negative_prompt_are_those_of_the_flags",
+    "dtype": "test_pictures.py::test_revision_variant_cache_and_precision_are_asked_for",
+    "batch_size": "test_evaluate.py::test_a_killed_evaluation_continues_and_makes_no_image_twice",
+    "clip_model": "test_evaluate.py::test_scores_are_those_of_open_clip_and_of_laions_own_head",
+    "species_prompt": "test_pictures.py::test_clip_reads_the_species_in_the_words_of_species_prompt",
+    "aesthetic_clip_model": "test_evaluate.py::test_scores_are_those_of_open_clip_and_of_laions_own_head",
+    "aesthetic_head": "test_evaluate.py::test_scores_are_those_of_open_clip_and_of_laions_own_head",
+    "score_weights": "test_pictures.py::test_the_score_is_weighted_as_score_weights_say",
+    "train_shards": "test_pictures.py::test_held_out_images_are_those_of_val_shards_and_training_images_without_them",
+    "val_shards": "test_pictures.py::test_held_out_images_are_those_of_val_shards_and_training_images_without_them",
+    "config": "test_pictures.py::test_flags_may_come_from_a_config_file_and_the_command_line_wins",
+    "output_dir": "test_evaluate.py::test_all_outputs_are_there_and_agree",
+    "images_dir": "test_pictures.py::test_the_score_is_weighted_as_score_weights_say",
+    "cache_dir": "test_pictures.py::test_copies_of_shards_are_kept_in_cache_dir",
+    "report_to": "test_evaluate.py::test_wandb_gets_a_table_of_the_images",
+}
+SWEEP_FLAGS = {
+    "config": "test_study.py::test_flags_may_come_from_a_config_file_and_the_command_line_wins",
+    "output_dir": "test_sweep.py::test_the_trainer_accepts_trial_yaml_and_best_params_yaml",
+    "n_trials": "test_sweep.py::test_a_finished_study_takes_more_trials_even_after_a_torn_journal",
+    "objective": "test_sweep.py::test_val_loss_needs_no_images",
+    "search_space": "test_sweep.py::test_conditions_hold_in_every_trial",
+    "seed": "test_study.py::test_the_sampler_draws_at_random_until_startup_trials_are_there",
+    "startup_trials": "test_study.py::test_the_sampler_draws_at_random_until_startup_trials_are_there",
+    "storage": "test_study.py::test_the_study_lies_in_the_database_of_storage",
+    "study_name": "test_study.py::test_the_study_lies_in_the_database_of_storage",
+    "trial_steps": "test_sweep.py::test_the_trainer_accepts_trial_yaml_and_best_params_yaml",
+    "pruner": "test_study.py::test_the_pruner_is_the_one_of_the_flag",
+    "pruning_warmup": "test_study.py::test_a_hopeless_trial_is_ended_after_the_warm_up_once_there_are_others",
+    "keep_trials": "test_sweep.py::test_only_the_best_trials_keep_their_weights",
+    "prompts": "test_study.py::test_the_panel_its_seeds_and_other_flags_reach_evaluate",
+    "seeds": "test_study.py::test_the_panel_its_seeds_and_other_flags_reach_evaluate",
+    "evaluation": "test_study.py::test_the_panel_its_seeds_and_other_flags_reach_evaluate",
+    "workers": "test_study.py::test_each_worker_gets_its_share_of_the_gpus_and_the_same_words",
+    "processes_per_trial": "test_study.py::test_a_trial_runs_on_its_processes_under_its_accelerate_config",
+    "accelerate_config": "test_study.py::test_a_trial_runs_on_its_processes_under_its_accelerate_config",
+}
+
+
+def all_tests():
+    """ "test_file.py::test_name" of every test in this folder."""
+    found = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        found |= {f"{path.name}::{function.name}" for function in functions if function.name.startswith("test_")}
+    return found
+
+
+@pytest.mark.parametrize(
+    "script, table", [(train_sdxl_lora, TRAINER_FLAGS), (evaluate, EVALUATION_FLAGS), (hpo_sweep, SWEEP_FLAGS)]
+)
+def test_every_flag_has_a_test_of_its_effect(script, table):
+    flags = {action.dest for action in script.make_parser()._actions} - {"help"}
+    assert flags - table.keys() == set(), "no entry for these flags"
+    assert table.keys() - flags == set(), "these flags are gone"
+    assert set(table.values()) - all_tests() == set(), "there is no such test"

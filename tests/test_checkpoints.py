@@ -55,42 +55,40 @@ def test_a_killed_and_resumed_run_in_buckets_is_the_uninterrupted_run(flags, tmp
     assert ranks[0][::2] == ranks[0][1::2]  # two micro-steps an update: one size per global batch
 
 
-def test_the_comparison_would_notice_another_seed(flags, tmp_path):
-    one = assert_ok(run_trainer([*flags, "--checkpointing_steps", 4], tmp_path / "one"))
-    two = assert_ok(run_trainer([*flags, "--checkpointing_steps", 4, "--seed", 8], tmp_path / "two"))
+def test_the_comparison_would_notice_another_seed(flags, trained, tmp_path):
+    other = assert_ok(run_trainer([*flags, "--checkpointing_steps", 4, "--seed", 8], tmp_path / "other"))
     with pytest.raises(AssertionError):
-        assert_same_run(one, two, step=4)
+        assert_same_run(trained, other, step=4)
 
 
-def test_a_checkpoint_is_also_found_by_its_name_in_the_output_dir_as_in_diffusers(flags, tmp_path):
-    assert_ok(run_trainer([*flags, "--checkpointing_steps", 2], tmp_path / "run"))
-    whole = (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes()
-    again = assert_ok(run_trainer([*flags, "--resume_from_checkpoint", "checkpoint-2"], tmp_path / "run"))
+def test_a_checkpoint_is_also_found_by_its_name_as_in_diffusers(flags, own_run):
+    weights = own_run / "pytorch_lora_weights.safetensors"
+    expected = weights.read_bytes()
+    weights.unlink()
+    again = assert_ok(run_trainer([*flags, "--resume_from_checkpoint", "checkpoint-2"], own_run))
     assert re.search(r"resumed from .*run/checkpoint-2", again.output)
-    assert (tmp_path / "run/pytorch_lora_weights.safetensors").read_bytes() == whole
+    assert weights.read_bytes() == expected
 
 
-def test_files_depend_on_neither_path_nor_workers(flags, tmp_path):
-    assert_ok(run_trainer(flags, tmp_path / "a"))
+def test_files_depend_on_neither_path_nor_workers(flags, trained, tmp_path):
     assert_ok(run_trainer([*flags, "--dataloader_num_workers", 2], tmp_path / "elsewhere"))
     for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
+        assert (trained.output_dir / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(flags, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_passed_over(flags, own_run):
     argv = [*flags, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
-    assert_ok(run_trainer(argv, tmp_path / "run"))
-    victim = tmp_path / "run/checkpoint-4/pytorch_lora_weights.safetensors"
+    victim = own_run / "checkpoint-4/pytorch_lora_weights.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    (tmp_path / "run/.checkpoint-6.partial").mkdir()
-    again = assert_ok(run_trainer(argv, tmp_path / "run"))
+    (own_run / ".checkpoint-6.partial").mkdir()
+    again = assert_ok(run_trainer(argv, own_run))
     assert re.search(r"checkpoint-4 is damaged: pytorch_lora_weights.safetensors", again.output)
     assert "resumed from" in again.output and "checkpoint-2" in again.output
-    (tmp_path / "run/checkpoint-2/checksums.json").unlink()
-    (tmp_path / "run/checkpoint-4/checksums.json").unlink()
-    hopeless = run_trainer(argv, tmp_path / "run")
+    (own_run / "checkpoint-2/checksums.json").unlink()
+    (own_run / "checkpoint-4/checksums.json").unlink()
+    hopeless = run_trainer(argv, own_run)
     assert hopeless.codes == [1] and "no intact checkpoint among" in hopeless.output
 
 
@@ -103,9 +101,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(flags, tmp_path):
         (["--max_train_samples", 20], "--max_train_samples: None in the checkpoint, 20 now"),
     ],
 )
-def test_resuming_with_other_mathematics_names_the_flag_and_both_values(flags, tmp_path, change, named):
-    assert_ok(run_trainer([*flags, "--max_train_steps", 1], tmp_path / "run"))
-    result = run_trainer([*flags, "--resume_from_checkpoint", "latest", *change], tmp_path / "run")
+def test_resuming_with_other_mathematics_names_the_flag_and_both_values(flags, own_run, change, named):
+    result = run_trainer([*flags, "--resume_from_checkpoint", "latest", *change], own_run)
     assert result.codes == [1] and named in result.output
 
 

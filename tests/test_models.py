@@ -199,11 +199,12 @@ def test_the_last_layer_of_text_encoder_alone_has_no_adapter(change):
 
 
 def test_rank_alpha_and_rslora_make_the_scale(change):
-    flags = {"lora_alpha": 6, "train_text_encoder": True, "text_encoder_rank": 2, "text_encoder_alpha": 3}
+    flags = {"rank": 3, "lora_alpha": 6, "train_text_encoder": True}
+    flags |= {"text_encoder_rank": 2, "text_encoder_alpha": 3}
     for rslora in (False, True):
         asked = change(use_rslora=rslora, **flags)
         for name, model in trainer.add_adapters(asked, load(asked), 0).items():
-            rank, alpha = (4, 6) if name == "unet" else (2, 3)
+            rank, alpha = (3, 6) if name == "unet" else (2, 3)
             layers = [m for m in model.modules() if hasattr(m, "lora_A")]
             assert {tuple(m.scaling.values()) for m in layers} == {(alpha / (math.sqrt(rank) if rslora else rank),)}
             assert {m.lora_A["default"].weight.shape[0] for m in layers} == {rank}
@@ -289,3 +290,29 @@ def test_another_vae_is_loaded_from_its_own_folder(change, tmp_path):
 def test_another_vae_that_does_not_load_is_an_error_that_names_its_flag(change):
     with pytest.raises(sdxl_data.InputError, match="--pretrained_vae_model_name_or_path"):
         load(change(pretrained_vae_model_name_or_path="./nowhere"))
+
+
+def test_revision_variant_and_cache_dir_are_asked_for_with_every_part(change, monkeypatch):
+    asked = {}
+
+    def watch(args, loader, subfolder, *flag, **options):
+        def load(path, **given):
+            asked[subfolder] = given
+            return loader(path, **{name: value for name, value in given.items() if name != "variant"})
+
+        return load_part(args, load, subfolder, *flag, **options)
+
+    load_part = trainer.load_part
+    monkeypatch.setattr(trainer, "load_part", watch)
+    load(change(revision="v1", variant="fp16", cache_dir="downloads"))
+    assert {"tokenizer", "tokenizer_2", "scheduler", "unet", "vae", "text_encoder", "text_encoder_2"} == set(asked)
+    assert {(given["revision"], given["cache_dir"]) for given in asked.values()} == {("v1", "downloads")}
+    weights = ("unet", "vae", "text_encoder", "text_encoder_2")
+    assert {asked[name]["variant"] for name in weights} == {"fp16"}
+
+
+def test_lora_dropout_is_on_every_adapter(change):
+    flags = change(lora_dropout=0.25, train_text_encoder=True)
+    for model in trainer.add_adapters(flags, load(flags), 0).values():
+        dropouts = [layer.lora_dropout["default"] for layer in model.modules() if hasattr(layer, "lora_dropout")]
+        assert dropouts and {getattr(dropout, "p", 0) for dropout in dropouts} == {0.25}

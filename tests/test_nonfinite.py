@@ -22,7 +22,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_names_step_and_samp
     assert not (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
 
 
-def test_steps_without_a_finite_loss_are_left_out_when_asked_until_there_are_too_many(flags, tmp_path):
+def test_steps_without_a_finite_loss_are_skipped_when_asked_but_not_for_ever(flags, tmp_path):
     argv = [*flags, "--on_nonfinite", "skip", "--checkpointing_steps", 1, "--max_train_steps", 5]
     result = assert_ok(run_trainer(argv, tmp_path / "run", 2, setup=partial(lose_a_number, (1, 2), 1)))
     assert [row["nonfinite_steps"] for row in result.metrics()] == [0, 1, 2, 2, 2]

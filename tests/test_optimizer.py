@@ -27,7 +27,7 @@ def step(optimizer, parameters, steps=1):
     return [(b - p.detach()).mean().item() for b, p in zip(before, parameters)]
 
 
-def test_the_default_is_fused_adamw_with_the_flags_and_the_rates_of_the_groups():
+def test_the_default_is_fused_adamw_with_the_flags_and_rates_of_the_groups():
     optimizer, parameters = make("adamw")
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True
     for group, rate in zip(optimizer.param_groups, (1e-3, 3e-4)):

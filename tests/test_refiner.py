@@ -39,34 +39,24 @@ def refiner_args(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base_lora(world, tmp_path_factory):
+def base_lora(flags, tmp_path_factory):
     """Folder of a base-stage LoRA with encoders, alpha other than rank, both files."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    argv = ["--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train", "--resolution", 64]
-    argv += ["--train_batch_size", 2, "--max_train_steps", 3, "--seed", 1, "--learning_rate", 0.02, "--rank", 2]
-    argv += ["--train_text_encoder", "--text_encoder_lr_scale", 1, "--text_encoder_alpha", 5, "--lora_alpha", 3]
-    assert_ok(run_trainer([*argv, "--report_to", "none", "--mixed_precision", "no"], folder))
+    argv = [*flags, "--max_train_steps", 3, "--seed", 1, "--learning_rate", 0.02, "--train_text_encoder"]
+    argv += ["--text_encoder_lr_scale", 1, "--text_encoder_alpha", 5, "--lora_alpha", 3]
+    assert_ok(run_trainer(argv, folder))
     return folder
 
 
 @pytest.fixture(scope="module")
-def refiner_lora(flags_for_module, base_lora, tmp_path_factory):
+def refiner_lora(flags, base_lora, tmp_path_factory):
     """Folder of a refiner run with its own sample picture beside it: own.npy, samples/step-4.png."""
     folder = tmp_path_factory.mktemp("refiner") / "run"
-    argv = [*flags_for_module, *STAGE, "--learning_rate", 0.02, "--lora_alpha", 5]
+    argv = [*flags, *STAGE, "--learning_rate", 0.02, "--lora_alpha", 5]
     argv += ["--text_encoder_2_lora", base_lora / FILES[0], "--validation_base_lora", base_lora / FILES[0]]
     argv += ["--validation_prompt", PROMPT, "--num_validation_images", 1]
     assert_ok(run_trainer(argv, folder, setup=partial(keep_own_pictures, f"{folder}.npy")))
     return folder
-
-
-@pytest.fixture(scope="module")
-def flags_for_module(world):
-    return [
-        *("--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train", "--resolution", 64),
-        *("--train_batch_size", 2, "--max_train_steps", 4, "--seed", 7, "--logging_steps", 1, "--rank", 2),
-        *("--report_to", "none", "--mixed_precision", "no", "--dataloader_num_workers", 0, "--learning_rate", 1e-3),
-    ]
 
 
 def load(args):
@@ -292,7 +282,7 @@ def test_a_file_without_text_encoder_2_is_refused(flags, base_lora, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_stock_diffusers_draws_the_trainers_two_stage_picture_from_both_files(refiner_lora, base_lora, name):
+def test_stock_diffusers_draws_the_same_two_stage_picture_from_both_files(refiner_lora, base_lora, name):
     own = np.load(f"{refiner_lora}.npy")
     assert np.abs(draw(*stock_pipelines(base_lora, refiner_lora, name), seed=7) - own).max() < 1e-3
     assert np.abs(draw(*stock_pipelines(base_lora), seed=7) - own).max() > 1e-2  # the refiner's LoRA does something

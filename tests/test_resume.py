@@ -49,7 +49,7 @@ def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_
     assert progress["samples"] == 24
 
 
-def test_another_base_model_is_refused(flags, tmp_path):
+def test_another_base_model_is_refused(flags, own_run, tmp_path):
     import safetensors.torch
 
     other = tmp_path / "other"
@@ -58,22 +58,13 @@ def test_another_base_model_is_refused(flags, tmp_path):
     tensors = safetensors.torch.load_file(weights)
     tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
     safetensors.torch.save_file(tensors, weights, {"format": "pt"})
-    argv = [*flags, "--max_train_steps", 1, "--resume_from_checkpoint", "latest"]
-    assert_ok(run_trainer(argv, tmp_path / "run"))
-    refused = run_trainer([*argv, "--pretrained_model_name_or_path", other], tmp_path / "run")
+    argv = [*flags, "--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", other]
+    refused = run_trainer(argv, own_run)
     assert refused.codes == [1] and "base model: " in refused.output
 
 
-@pytest.fixture(scope="module")
-def finished(flags, tmp_path_factory):
-    """Output folder of a finished run with one checkpoint."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return assert_ok(run_trainer([*flags, "--max_train_steps", 2, "--train_text_encoder"], folder)).output_dir
-
-
-def test_every_flipped_bit_of_a_checkpoint_is_detected_before_it_is_loaded(finished, tmp_path):
-    folder, rng = tmp_path / "checkpoint-2", random.Random(5)
-    shutil.copytree(finished / "checkpoint-2", folder)
+def test_every_flipped_bit_of_a_checkpoint_is_detected_before_it_is_loaded(trained, own_run):
+    folder, rng = own_run / "checkpoint-4", random.Random(5)
     assert trainer.verify_checkpoint(folder) is None
     files = sorted(folder.iterdir())
     assert {"checksums.json", "progress.json", "optimizer.bin"} < {path.name for path in files}
@@ -85,38 +76,37 @@ def test_every_flipped_bit_of_a_checkpoint_is_detected_before_it_is_loaded(finis
         data[at] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         assert trainer.verify_checkpoint(folder) is not None, (path.name, at)
-        data = bytearray((finished / "checkpoint-2" / path.name).read_bytes())
+        data = bytearray((trained.output_dir / "checkpoint-4" / path.name).read_bytes())
         path.write_bytes(data)
     assert trainer.verify_checkpoint(folder) is None
 
 
 class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, ("exploded",)
+        return os.mkdir, (str(self.folder),)
 
 
-def test_a_checkpoint_with_code_in_it_is_not_executed(flags, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished, tmp_path / "run")
-    folder = tmp_path / "run/checkpoint-2"
-    torch.save(
-        {"state": {}, "param_groups": [Bomb()]}, folder / "optimizer.bin", pickle_protocol=pickle.DEFAULT_PROTOCOL
-    )
+def test_a_checkpoint_with_code_in_it_is_not_executed(flags, own_run, tmp_path):
+    folder = own_run / "checkpoint-4"
+    state = {"state": {}, "param_groups": [Bomb(tmp_path / "exploded")]}
+    torch.save(state, folder / "optimizer.bin", pickle_protocol=pickle.DEFAULT_PROTOCOL)
     names = [p.name for p in folder.iterdir() if p.name != "checksums.json"]
     (folder / "checksums.json").write_text(trainer.make_checksums(folder, names))
-    argv = [*flags, "--max_train_steps", 4, "--train_text_encoder", "--resume_from_checkpoint", "latest"]
-    result = run_trainer(argv, tmp_path / "run")
+    result = run_trainer([*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest"], own_run)
     assert result.codes == [1] and "weights_only" in result.output.lower()
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_checkpoint_of_another_version_is_an_error_that_says_what_to_do(flags, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    folder = tmp_path / "run/checkpoint-2"
+def test_a_checkpoint_of_another_version_is_an_error_that_says_what_to_do(flags, own_run):
+    folder = own_run / "checkpoint-4"
     progress = json.loads((folder / "progress.json").read_text())
     (folder / "progress.json").write_text(json.dumps(progress | {"from_the_future": 1}))
     names = [p.name for p in folder.iterdir() if p.name != "checksums.json"]
     (folder / "checksums.json").write_text(trainer.make_checksums(folder, names))
-    argv = [*flags, "--max_train_steps", 4, "--train_text_encoder", "--resume_from_checkpoint", "latest"]
-    result = run_trainer(argv, tmp_path / "run")
+    result = run_trainer([*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest"], own_run)
     assert result.codes == [1] and "from_the_future" in result.output

@@ -1,5 +1,6 @@
 """A signal at any moment saves a checkpoint and ends the run; the same command resumes it."""
 
+import functools
 import json
 import os
 import signal
@@ -37,11 +38,15 @@ def busy_flags(flags, world):
     return [*argv, "--checkpointing_steps", 1000, "--resume_from_checkpoint", "latest", "--lora_dropout", 0.2]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def whole(request, busy_flags, tmp_path_factory):
-    """(processes, the uninterrupted run)."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return request.param, assert_ok(run_trainer(busy_flags, folder, request.param))
+@pytest.fixture(scope="module")
+def uninterrupted(busy_flags, tmp_path_factory):
+    """Call it with a number of processes: their uninterrupted run, made once for each number."""
+
+    @functools.cache
+    def run(processes):
+        return assert_ok(run_trainer(busy_flags, tmp_path_factory.mktemp("uninterrupted") / "run", processes))
+
+    return run
 
 
 def signal_at(name, call, number, ranks, note, module):
@@ -74,8 +79,10 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_at_any_moment_saves_leaves_and_resumes_identically(busy_flags, whole, tmp_path, moment):
-    processes, reference = whole
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_at_any_moment_saves_leaves_and_resumes_identically(
+    busy_flags, uninterrupted, tmp_path, processes, moment
+):
     argv, (function, call), marker = list(busy_flags), MOMENTS[moment], tmp_path / "preempted"
     if moment == "the save of a checkpoint":
         argv += ["--checkpointing_steps", 2]
@@ -90,7 +97,8 @@ def test_a_signal_at_any_moment_saves_leaves_and_resumes_identically(busy_flags,
     assert marker.exists()
     early = moment in ("index building", "model loading") or (moment == "the first step" and processes == 1)
     assert bool(list((tmp_path / "run").glob("checkpoint-*"))) != early
-    assert_same_run(reference, assert_ok(run_trainer(argv, tmp_path / "run", processes)), step=STEPS)
+    resumed = assert_ok(run_trainer(argv, tmp_path / "run", processes))
+    assert_same_run(uninterrupted(processes), resumed, step=STEPS)
 
 
 def send_many(module):
@@ -111,12 +119,11 @@ def send_many(module):
     module.train_step = train_step
 
 
-def test_many_signals_also_to_the_loader_processes_are_one_stop(busy_flags, tmp_path):
+def test_many_signals_also_to_the_loader_processes_are_one_stop(busy_flags, uninterrupted, tmp_path):
     argv = [*busy_flags, "--dataloader_num_workers", 2]
-    reference = assert_ok(run_trainer(argv, tmp_path / "whole"))
     assert_ok(run_trainer(argv, tmp_path / "run", setup=send_many))
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
-    assert_same_run(reference, assert_ok(run_trainer(argv, tmp_path / "run")), step=STEPS)
+    assert_same_run(uninterrupted(1), assert_ok(run_trainer(argv, tmp_path / "run")), step=STEPS)
 
 
 def test_signals_are_the_callers_own_again_after_main():

@@ -3,6 +3,7 @@
 None of it may change what is computed beyond rounding, and a resumed run stays the interrupted run.
 """
 
+import functools
 import io
 import json
 import os
@@ -44,6 +45,23 @@ def largest_difference(a, b, step):
     return max((first[name] - second[name]).abs().max().item() for name in weights)
 
 
+def edit_shard(source, target, edit):
+    """Copies a shard; edit(name, bytes) → bytes of each member."""
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old.getmembers():
+            data = edit(member.name, old.extractfile(member).read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+
+
+def write_long_captions(world, target):
+    """A copy of the shard whose captions take two chunks of tokens."""
+    (shard,) = (world / "data/train").glob("*.tar")
+    rain = b", in the pouring rain" * 8
+    edit_shard(shard, target, lambda name, data: data.strip() + rain if name.endswith(".txt") else data)
+    return target
+
+
 # ---- caches
 
 
@@ -52,6 +70,7 @@ def test_a_cached_run_ends_in_the_weights_of_an_uncached_one(flags, world, tmp_p
     argv = [*flags, "--max_train_steps", 6, "--val_shards", world / "data/val", "--validation_steps", 3]
     argv += ["--crop", "bucket", "--resolution", 128] if kind == "bucket" else ["--crop", "center"]
     if kind.startswith("flips"):
+        argv += ["--train_shards", write_long_captions(world, tmp_path / "long.tar")]
         argv += [
             "--random_flip",
             "--dropped_caption",
@@ -88,24 +107,43 @@ def refuse_to_encode(module):
     module.encode_prompts = lambda *args: original(*args) if args[1] == [""] else refuse()
 
 
+@pytest.fixture(scope="module")
+def cached(flags, tmp_path_factory):
+    """Call it with a number of processes: their run with caches in small files, made once for each number."""
+
+    @functools.cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp("cached") / "run"
+        return assert_ok(run_trainer([*flags, *CACHES], folder, processes, setup=small_files))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def flipped_cache(flags, tmp_path_factory):
+    """Files of a cache that also holds every image mirrored."""
+    folder = tmp_path_factory.mktemp("flipped") / "run"
+    return cache_files(
+        assert_ok(run_trainer([*flags, *CACHES, "--random_flip"], folder, setup=small_files)).output_dir
+    )
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_cache_is_the_same_whoever_fills_it(flags, tmp_path, processes):
+def test_a_cache_is_the_same_whoever_fills_it(flags, flipped_cache, tmp_path, processes):
+    assert len(flipped_cache) == 2 * 7  # 101 images, 16 a file
     argv = [*flags, *CACHES, "--random_flip"]
-    assert_ok(run_trainer(argv, tmp_path / "reference", setup=small_files))
-    assert len(cache_files(tmp_path / "reference")) == 2 * 7  # 101 images, 16 a file
     filled = assert_ok(run_trainer(argv, tmp_path / "filled", processes, setup=small_files))
-    assert cache_files(tmp_path / "filled") == cache_files(tmp_path / "reference")
+    assert cache_files(tmp_path / "filled") == flipped_cache
     assert "latents" in filled.output
 
 
-def test_two_runs_fill_one_cache_at_the_same_time(flags, tmp_path):
+def test_two_runs_fill_one_cache_at_the_same_time(flags, cached, tmp_path):
     argv = [*flags, *CACHES, "--cache_dir", tmp_path / "both"]
     children = [start_trainer(argv, tmp_path / name, setup=small_files)[0][0] for name in ("a", "b")]
     for child in children:
         child.join(120)
     assert [child.exitcode for child in children] == [0, 0]
-    assert_ok(run_trainer([*flags, *CACHES], tmp_path / "alone", setup=small_files))
-    assert cache_files(tmp_path / "both") == cache_files(tmp_path / "alone")
+    assert cache_files(tmp_path / "both") == cache_files(cached(1).output_dir)
 
 
 def stop_in_file(number, signal_, module):
@@ -125,27 +163,20 @@ def stop_in_file(number, signal_, module):
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("processes, number", [(1, 4), (1, 9), (2, 3)])
-def test_a_run_that_is_stopped_while_it_fills_goes_on_where_it_was(flags, tmp_path, processes, number, signal_):
+def test_a_run_that_is_stopped_while_it_fills_goes_on_where_it_was(
+    flags, cached, tmp_path, processes, number, signal_
+):
     argv = [*flags, *CACHES, "--resume_from_checkpoint", "latest"]
     setup = partial(stop_in_file, number, signal_)
     stopped = run_trainer(argv, tmp_path / "run", processes, setup=setup, timeout=60)
     assert stopped.codes == ([-signal.SIGKILL] if signal_ == signal.SIGKILL else [0]) * processes, stopped.output
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/encodings").glob("[!.]*")}
     assert 0 < len(before) < 14
-    whole = assert_ok(run_trainer([*flags, *CACHES], tmp_path / "whole", processes, setup=small_files))
+    whole = cached(processes)
     assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "run", processes, setup=small_files)), step=4)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing was done twice
-    whole_files = cache_files(tmp_path / "whole")
-    assert {name: data for name, data in cache_files(tmp_path / "run").items() if name[0] != "."} == whole_files
-
-
-def edit_shard(source, target, edit):
-    """Copies a shard; edit(name, bytes) → bytes of each member."""
-    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
-        for member in old.getmembers():
-            data = edit(member.name, old.extractfile(member).read())
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
+    found = {name: data for name, data in cache_files(tmp_path / "run").items() if name[0] != "."}
+    assert found == cache_files(whole.output_dir)
 
 
 def test_damaged_images_are_replaced_and_reported_as_without_a_cache(flags, world, tmp_path):
@@ -269,6 +300,45 @@ def marks_of(kind):
     return [pytest.mark.slow, needs_compiler] if "--compile" in OPTIONS[kind] else []
 
 
+def note_speed(path, module):
+    """Writes how the run is set up when its first step begins."""
+    original = module.train_step
+
+    def train_step(run, batch):
+        unet = run.unwrapped.unet
+        recomputed = [type(m).__name__ for m in unet.modules() if getattr(m, "gradient_checkpointing", False)]
+        facts = {
+            "attention kernels": sorted({str(p.backend) for p in unet.attn_processors.values()}),
+            "recomputed": sorted(set(recomputed)),
+            "quantized layers": sum(m.weight.dtype == torch.int8 for m in unet.modules() if hasattr(m, "weight")),
+            "decoding processes": run.loader.num_workers,
+            "caption chunks": run.models.caption_chunks,
+            "peak rates": [group["initial_lr"] for group in run.optimizer.param_groups],
+        }
+        path.write_text(json.dumps(facts))
+        return original(run, batch)
+
+    module.train_step = train_step
+
+
+def test_the_flags_of_models_and_loader_are_in_effect_at_the_first_step(flags, world, tmp_path):
+    argv = [*flags, "--train_shards", write_long_captions(world, tmp_path / "long.tar"), "--long_captions", "chunk"]
+    argv += ["--attention_backend", "math", "--gradient_checkpointing", "blocks", "--base_precision", "int8"]
+    argv += ["--dataloader_num_workers", 1, "--train_text_encoder", "--text_encoder_lr_scale", 0.5]
+    argv += ["--max_train_steps", 1, "--logging_dir", "journal"]
+    assert_ok(run_trainer(argv, tmp_path / "run", setup=partial(note_speed, tmp_path / "facts.json")))
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts.pop("quantized layers") > 50
+    assert facts == {
+        "attention kernels": ["SDPBackend.MATH"],
+        "recomputed": ["Transformer2DModel"],
+        "caption chunks": 2,
+        "decoding processes": 1,
+        "peak rates": [1e-3, 0.5e-3, 0.5e-3],
+    }
+    assert (tmp_path / "run/journal/rank-0.log").exists()
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=marks_of(kind)) for kind in OPTIONS])
 def test_every_option_resumes_in_the_middle_of_an_update(flags, tmp_path, kind, processes):
@@ -356,11 +426,10 @@ def break_compiler(module):
     config.cpp.cxx, config.force_disable_caches = ("/nonexistent/g++",), True
 
 
-def test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so(flags, tmp_path):
-    plain = assert_ok(run_trainer(flags, tmp_path / "plain"))
+def test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so(flags, trained, tmp_path):
     result = assert_ok(run_trainer([*flags, "--compile"], tmp_path / "run", setup=break_compiler))
     assert result.output.count(UNCOMPILED) == 1
-    assert_same_run(plain, result, step=4)
+    assert_same_run(trained, result, step=4)
 
 
 # difference of the mean loss of each ten of fifty steps from the plain run's, which is about 0.04; NF4 rounds the

@@ -286,7 +286,7 @@ def test_another_study_in_the_same_folder_is_refused(words, tmp_path):
     assert "flags after --: found" in result.output and len(trials_of(tmp_path / "sweep")) == 1
 
 
-def test_a_finished_study_takes_more_trials_even_if_the_last_line_of_its_journal_is_incomplete(words, tmp_path):
+def test_a_finished_study_takes_more_trials_even_after_a_torn_journal(words, tmp_path):
     sweep(words("--n_trials", 2), tmp_path / "sweep")
     with open(tmp_path / "sweep/study.journal", "a") as file:
         file.write('{"op_code": 4, "worker')

@@ -20,23 +20,26 @@ from PIL import Image
 import train_sdxl_lora as trainer
 
 
+@pytest.fixture(scope="module")
+def samples_of_batch_4(flags, tmp_path_factory):
+    """The samples of every step of a run with a global batch of 4."""
+    folder = tmp_path_factory.mktemp("reference")
+    argv = [*flags, "--train_batch_size", 4]
+    assert_ok(run_trainer(argv, folder / "run", setup=partial(note_samples, folder)))
+    return samples_by_step(folder)
+
+
 @pytest.mark.parametrize(
     "processes, batch_size, accumulation, workers", [(1, 2, 2, 0), (1, 4, 1, 2), (2, 2, 1, 0), (2, 1, 2, 1)]
 )
 def test_the_samples_of_a_step_depend_on_the_global_batch_alone(
-    flags, tmp_path, processes, batch_size, accumulation, workers
+    flags, samples_of_batch_4, tmp_path, processes, batch_size, accumulation, workers
 ):
-    reference, other = tmp_path / "reference", tmp_path / "other"
-    argv = [*flags, "--train_batch_size", 4]
-    for folder in (reference, other):
-        folder.mkdir()
-    assert_ok(run_trainer(argv, tmp_path / "a", setup=partial(note_samples, reference)))
     argv = [*flags, "--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
     argv += ["--dataloader_num_workers", workers]
-    assert_ok(run_trainer(argv, tmp_path / "b", processes=processes, setup=partial(note_samples, other)))
-    expected = samples_by_step(reference)
-    assert len(expected) == 4 and all(len(samples) == 4 for samples in expected.values())
-    assert samples_by_step(other) == expected
+    assert_ok(run_trainer(argv, tmp_path / "run", processes=processes, setup=partial(note_samples, tmp_path)))
+    assert len(samples_of_batch_4) == 4 and all(len(samples) == 4 for samples in samples_of_batch_4.values())
+    assert samples_by_step(tmp_path) == samples_of_batch_4
 
 
 def test_two_processes_train_the_same_adapters_as_one(flags, tmp_path):
@@ -145,14 +148,13 @@ def test_the_model_card_names_a_base_model_of_the_hub_and_the_refiners_text_enco
         assert ("text_encoder_2=base.text_encoder_2)" in card) == (name == "refiner")
 
 
-def test_checkpoints_in_the_way_are_refused_or_overwritten(flags, tmp_path):
-    assert_ok(run_trainer(flags, tmp_path / "run"))
-    refused = run_trainer(flags, tmp_path / "run")
+def test_checkpoints_in_the_way_are_refused_or_overwritten(flags, own_run):
+    refused = run_trainer(flags, own_run)
     assert refused.codes == [2]
     assert "--resume_from_checkpoint latest" in refused.output and "--overwrite_output_dir" in refused.output
     argv = [*flags, "--overwrite_output_dir", "--max_train_steps", 2]
-    result = assert_ok(run_trainer(argv, tmp_path / "run"))
-    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    result = assert_ok(run_trainer(argv, own_run))
+    assert [p.name for p in own_run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert [row["step"] for row in result.metrics()] == [1, 2]
 
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from harness import SDXL, assert_ok, run_trainer
+from harness import ALONE, SDXL, assert_ok, run_trainer
 from PIL import Image
 
 import train_sdxl_lora as trainer
@@ -57,6 +57,59 @@ def test_two_processes_draw_the_same_grid_as_one(flags, tmp_path):
         grids.append(np.asarray(Image.open(result.output_dir / "samples/step-1.png")).astype(int))
     assert np.abs(grids[0] - grids[1]).max() <= 1
     assert grids[0].shape == (2 * 144, 2 * 128, 3) and grids[0].std() > 10
+
+
+@pytest.mark.parametrize(
+    "words, steps",
+    [
+        (["--validation_steps", 3], [3, 6]),
+        (["--validation_epochs", 2, "--max_train_samples", 4], [4, 6]),  # an epoch is two steps
+        (["--validation_epochs", 1, "--max_train_samples", 4], [2, 4, 6]),
+    ],
+)
+def test_a_run_is_validated_every_so_many_steps_or_epochs_and_at_the_end(flags, world, tmp_path, words, steps):
+    argv = [*flags, "--max_train_steps", 6, "--val_shards", world / "data/val", "--val_max_batches", 1, *words]
+    result = assert_ok(run_trainer(argv, tmp_path / "run"))
+    assert [row["step"] for row in result.metrics() if "val_loss" in row] == steps
+
+
+def test_the_validation_loss_ends_after_val_max_batches(flags, tmp_path, monkeypatch):
+    asked = []
+
+    def validation_requests(index, batch_size, rank, world, max_batches):
+        asked.append((batch_size, max_batches))
+        return []
+
+    monkeypatch.setattr(trainer, "validation_requests", validation_requests)
+    words = [*flags, "--output_dir", tmp_path, "--val_max_batches", 5]
+    models = SimpleNamespace(unet=torch.nn.Dropout(), text_encoders=[])
+    dataset = SimpleNamespace(index=None)
+    args = trainer.parse_args(list(map(str, words)))
+    accelerator = SimpleNamespace(**vars(ALONE) | {"device": torch.device("cpu")})
+    run = SimpleNamespace(args=args, accelerator=accelerator, unwrapped=models, val_dataset=dataset)
+    trainer.compute_validation_loss(run)
+    assert asked == [(2, 5)] * 2
+
+
+def test_sample_pictures_are_made_as_the_flags_say(flags, tmp_path, monkeypatch):
+    asked = []
+
+    def generate_image(models, prompt, seed, resolution, switch_at):
+        asked.append((prompt, seed, resolution, switch_at))
+        return np.zeros((resolution, resolution, 3))
+
+    monkeypatch.setattr(trainer, "generate_image", generate_image)
+    (tmp_path / "prompts.txt").write_text("a pichu\n")
+    words = [*flags, "--output_dir", tmp_path, "--validation_prompt", "a mew", "--denoising_start", 0.6]
+    words += ["--validation_prompts", tmp_path / "prompts.txt", "--num_validation_images", 2, "--resolution", 136]
+    args = trainer.parse_args(list(map(str, words)))
+    accelerator = SimpleNamespace(**vars(ALONE), trackers=[])
+    run = SimpleNamespace(
+        args=args, accelerator=accelerator, unwrapped=None, progress=trainer.Progress(step=2, seed=5)
+    )
+    trainer.save_samples(run)
+    assert asked == [(prompt, seed, 136, 0.6) for prompt in ("a mew", "a pichu") for seed in (5, 6)]
+    assert Image.open(tmp_path / "samples/step-2.png").size == (2 * 136, 2 * (136 + 16))
 
 
 def test_stock_forward_takes_off_the_wrapper_and_puts_it_back():
@@ -135,9 +188,8 @@ def test_a_dry_run_shows_the_run_without_the_unets_weights(flags, world, tmp_pat
     assert Image.open(tmp_path / "run/preview/species.png").height == 120 + 32 * len(species)
 
 
-def test_a_dry_run_counts_the_adapters_that_training_saves(flags, tmp_path):
+def test_a_dry_run_counts_the_adapters_that_training_saves(flags, trained, tmp_path):
     result = assert_ok(run_trainer([*flags, "--dry_run"], tmp_path / "dry"))
     facts = json.loads((result.output_dir / "preview/preview.json").read_text())
-    assert_ok(run_trainer([*flags, "--max_train_steps", 1], tmp_path / "run"))
-    saved = safetensors.torch.load_file(tmp_path / "run/pytorch_lora_weights.safetensors")
+    saved = safetensors.torch.load_file(trained.output_dir / "pytorch_lora_weights.safetensors")
     assert facts["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
