@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What runs in a SageMaker container: one script of the project, on one host or many.
+"""Run one script of the project in a SageMaker container, on one host or on many.
 
     exec python sagemaker/entry.py train|hpo|evaluate FLAGS…
 
-Everything the script writes goes to /opt/ml/checkpoints, which SageMaker keeps in S3; a job that finds a run there
-continues it. At the end the LoRA and its card go to SM_MODEL_DIR, reports to SM_OUTPUT_DATA_DIR. SIGTERM is passed on
-and the run saves. The reason of a failure goes to /opt/ml/output/failure, which DescribeTrainingJob shows.
+The script writes to /opt/ml/checkpoints, which SageMaker copies to S3; a job that finds a run there continues it. At
+the end, the LoRA and its card are copied to SM_MODEL_DIR, and the reports to SM_OUTPUT_DATA_DIR. SIGTERM is passed on
+to the script, which saves and exits. If the job fails, DescribeTrainingJob shows the reason (/opt/ml/output/failure).
 """
 
 import contextlib
@@ -23,12 +23,12 @@ ML = Path(os.environ.get("ML_ROOT", "/opt/ml"))  # tests move it
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train": "train_sdxl_lora.py", "hpo": "hpo_sweep.py", "evaluate": "evaluate.py"}
 PORT = 29400
-HEADROOM = 1.5  # free bytes per byte that is copied
-HOSTS_SECONDS = 600  # for the other hosts' names to appear
-FAILURE_CHARACTERS = 1024  # that SageMaker shows
-TAIL_BYTES = 65536  # of the output, to find the reason of a failure in
+HEADROOM = 1.5  # free bytes needed per byte that is copied
+HOSTS_SECONDS = 600  # how long to wait for the names of the other hosts
+FAILURE_CHARACTERS = 1024  # SageMaker shows no more
+TAIL_BYTES = 65536  # of the output, which are searched for the reason of a failure
 
-# what goes where at the end, by mode: (to SM_MODEL_DIR, to SM_OUTPUT_DATA_DIR), of /opt/ml/checkpoints
+# What is copied at the end, by mode: (to SM_MODEL_DIR, to SM_OUTPUT_DATA_DIR), patterns in /opt/ml/checkpoints.
 RESULTS = {
     "train": (
         ["*.safetensors", "README.md", "config.yaml", "samples"],
@@ -40,7 +40,7 @@ RESULTS = {
 
 
 class Failed(Exception):
-    """The job cannot go on; the message is what /opt/ml/output/failure says."""
+    """The job cannot continue. The message is written to /opt/ml/output/failure."""
 
 
 def find_hosts():
@@ -61,14 +61,14 @@ def count_gpus():
 
 
 def wait_for_host(host):
-    """Waits until the name of another container is known. Errors: Failed."""
+    """Waits until the name of another container resolves. Errors: Failed after HOSTS_SECONDS."""
     end = time.monotonic() + HOSTS_SECONDS
     while True:
         try:
             return socket.getaddrinfo(host, PORT)
         except OSError as error:
             if time.monotonic() > end:
-                raise Failed(f"host {host} is not to be found after {HOSTS_SECONDS} s: {error}") from error
+                raise Failed(f"host {host}: no address after {HOSTS_SECONDS} s: {error}") from error
             time.sleep(2)
 
 
@@ -77,20 +77,19 @@ def size_of(folder):
 
 
 def copy_channels(names, target):
-    """{channel's folder: its copy on this host's disk}. Errors: Failed, before anything is copied, without room."""
+    """{channel's folder: its copy on this host's disk}. Errors: Failed, before copying, when the disk is too small."""
     folders = {name: ML / "input/data" / name for name in names}
     missing = [name for name, folder in folders.items() if not folder.is_dir()]
     if missing:
-        raise Failed(f"--copy: there is no channel {missing[0]}")
+        raise Failed(f"--copy: there is no channel {missing[0]}; give it to --fastfile")
     copies = {folder: target / name for name, folder in folders.items()}
     size = sum(map(size_of, copies))
     target.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target).free
     if free < HEADROOM * size:
-        raise Failed(
-            f"--copy: {', '.join(names)} hold {size / 1e9:.1f} GB and need {HEADROOM * size / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free on {target}; give a larger --volume_gb, or leave --copy out to stream them"
-        )
+        found = f"{', '.join(names)}: copying {size / 1e9:.1f} GB needs {HEADROOM * size / 1e9:.1f} GB of free space"
+        remedy = "give a larger --volume_gb, or stream the data without --copy"
+        raise Failed(f"--copy: {found}, but {target} has {free / 1e9:.1f} GB; {remedy}")
     for folder, copy in copies.items():
         print(f"copying {folder} to {copy}", flush=True)
         shutil.copytree(folder, copy, dirs_exist_ok=True)
@@ -98,14 +97,18 @@ def copy_channels(names, target):
 
 
 def read_secret(name, region):
-    """Text of a secret in Secrets Manager; of JSON with one entry, or with one of the variable's name, that entry."""
+    """The text that Secrets Manager holds under `name`."""
     import boto3
 
     return boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)["SecretString"]
 
 
 def read_secrets():
-    """{environment variable: value} of SECRET_IDS, which holds names only. Errors: Failed, without any value."""
+    """{environment variable: value} of the secrets that SECRET_IDS names.
+
+    A secret is a text, or JSON with one entry or with an entry called like the variable. Errors: Failed, which never
+    shows a value.
+    """
     found = {}
     for variable, name in json.loads(os.environ.get("SECRET_IDS", "{}")).items():
         try:
@@ -123,7 +126,7 @@ def read_secrets():
 
 
 def make_command(mode, words, hosts, host, gpus):
-    """The command that runs a script of the project on this host's share of the processes."""
+    """The command that runs the script with this host's share of the processes."""
     script = [str(PROJECT / SCRIPTS[mode]), "--output_dir", str(ML / "checkpoints"), *words]
     if mode == "hpo":
         return [sys.executable, *script]
@@ -137,9 +140,8 @@ def make_command(mode, words, hosts, host, gpus):
 
 def make_environment(gpus, interface):
     env = os.environ | read_secrets() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}  # seconds to save after SIGTERM
-    env["WANDB_SAGEMAKER_DISABLE"] = (
-        "true"  # else W&B makes a new run of every job; the trainer's id is its checkpoint's
-    )
+    # W&B would start a new run for every job, but a resumed job continues the run whose id is in the checkpoint.
+    env["WANDB_SAGEMAKER_DISABLE"] = "true"
     if not gpus:
         env["ACCELERATE_USE_CPU"] = "true"
     if interface:
@@ -148,26 +150,26 @@ def make_environment(gpus, interface):
 
 
 class Stop:
-    """Passes SIGTERM on to a child, which saves; without one this process leaves."""
+    """Passes SIGTERM on to the child, which then saves and exits. Before there is a child, this process exits."""
 
     def __init__(self):
-        self.told, self.child = False, None
+        self.received = False
+        self.child = None
         signal.signal(signal.SIGTERM, self.receive)
 
     def receive(self, *_):
-        self.told = True
+        self.received = True
         if self.child is None:
             sys.exit(0)
         self.child.terminate()
 
 
 def run(command, env, stop):
-    """(exit status, the end of its output) of a command whose output is passed on as it comes."""
-    child = stop.child = subprocess.Popen(
-        command, env=env, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    """Runs a command and passes its output on. Returns (exit status, the last TAIL_BYTES of the output)."""
+    child = subprocess.Popen(command, env=env, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    stop.child = child
     tail = bytearray()
-    while data := child.stdout.read1():  # a progress bar has no line ends
+    while data := child.stdout.read1():  # not by lines: a progress bar has no line ends
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         tail.extend(data)
@@ -176,17 +178,17 @@ def run(command, env, stop):
 
 
 def find_reason(text):
-    """The scripts' own last word in their output, else the last error, else the last line."""
+    """The last error message of the script in its output, else the last error of a library, else the last line."""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     for mark in (".py: error: ", "Error: ", ""):
-        told = [line for line in lines if mark in line]
-        if told:
-            return told[-1]
+        found = [line for line in lines if mark in line]
+        if found:
+            return found[-1]
     return "no output"
 
 
-def hand_over(mode):
-    """Copies results from /opt/ml/checkpoints to the folders that SageMaker uploads."""
+def copy_results(mode):
+    """Copies the results from /opt/ml/checkpoints to the folders that SageMaker uploads."""
     model = Path(os.environ.get("SM_MODEL_DIR", ML / "model"))
     reports = Path(os.environ.get("SM_OUTPUT_DATA_DIR", ML / "output/data"))
     for target, patterns in zip((model, reports), RESULTS[mode]):
@@ -200,8 +202,9 @@ def hand_over(mode):
 
 
 def main(argv):
-    """Exit status. Errors: Failed."""
-    mode, words, stop = argv[0], argv[1:], Stop()
+    """Runs the script and copies its results; returns the exit status. Errors: Failed."""
+    stop = Stop()
+    mode, *words = argv
     hosts, host, interface = find_hosts()
     gpus = count_gpus()
     copied = [name for name in os.environ.get("COPY_CHANNELS", "").split(",") if name]
@@ -211,10 +214,10 @@ def main(argv):
     wait_for_host(hosts[0])
     (ML / "checkpoints").mkdir(parents=True, exist_ok=True)
     status, output = run(make_command(mode, words, hosts, host, gpus), env, stop)
-    if status and not stop.told:
+    if status and not stop.received:
         raise Failed(f"{SCRIPTS[mode]} on {host}, exit {status}: {find_reason(output)}")
     if host == hosts[0]:
-        hand_over(mode)
+        copy_results(mode)
     return 0
 
 

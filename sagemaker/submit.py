@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs train_sdxl_lora.py, hpo_sweep.py or evaluate.py as a SageMaker job, with the same flags as anywhere.
+"""Run train_sdxl_lora.py, hpo_sweep.py or evaluate.py as a SageMaker job, with the same flags as elsewhere.
 
     pip install -r sagemaker/requirements.txt
     python sagemaker/submit.py --run_name pokefa --instance_type ml.g6e.2xlarge --spot \\
@@ -8,9 +8,9 @@
         --pretrained_model_name_or_path /opt/ml/input/data/base --train_shards /opt/ml/input/data/train \\
         --val_shards /opt/ml/input/data/val --max_train_steps 10000 --report_to wandb
 
-What stands after -- goes to the script as it is; a channel NAME is the folder /opt/ml/input/data/NAME there.
-Checkpoints are kept in s3://BUCKET/RUN_NAME/checkpoints: a spot job that is interrupted goes on from there by itself,
-and the same command again continues a run that ended early. --dry_run prints the request and sends nothing.
+Everything after -- is passed to the script unchanged. In the container, channel NAME is /opt/ml/input/data/NAME.
+Checkpoints are kept in s3://BUCKET/RUN_NAME/checkpoints. An interrupted spot job resumes from there by itself; to
+resume a run that ended early, run the same command again. --dry_run prints the request and sends nothing.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train": "train_sdxl_lora.py", "hpo": "hpo_sweep.py", "evaluate": "evaluate.py"}
 SENT = (*SCRIPTS.values(), "sdxl_data.py", "requirements.txt", "accelerate_configs", "sagemaker/entry.py")
-CONTAINERS = ("--output_dir", "--resume_from_checkpoint", "--overwrite_output_dir")  # flags that entry.py gives
+SET_BY_ENTRY = ("--output_dir", "--resume_from_checkpoint", "--overwrite_output_dir")  # flags that entry.py sets
 SECRET_NAME = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 SECRET_FILE = re.compile(r"^\.env|netrc|credential|secret|\.pem$|\.key$|^id_[a-z0-9]+$", re.IGNORECASE)
-MAX_SPOT_WAIT = 2  # × max_run that a spot job may take in all, waiting for capacity included
+MAX_SPOT_WAIT = 2  # a spot job may take this many times --max_run_hours, including the wait for capacity
 HOUR = 3600
 
 
@@ -42,53 +42,65 @@ def make_parser():
         allow_abbrev=False,
     )
     add = parser.add_argument_group("What").add_argument
-    add("--mode", choices=("train", "hpo", "evaluate"), default="train", help="which script; default: %(default)s")
-    add("--run_name", required=True, metavar="NAME", help="folder in the bucket and beginning of the jobs' names")
+    add(
+        "--mode",
+        choices=("train", "hpo", "evaluate"),
+        default="train",
+        help="which script to run; default: %(default)s",
+    )
+    add("--run_name", required=True, metavar="NAME", help="folder in the bucket, and prefix of the job names")
     add("--include", nargs="+", default=[], metavar="FILE",
-        help="more of the project's files to send; those that the script's flags name are sent anyway")  # fmt: skip
+        help="more files of the project to send; files named by the script's flags are sent anyway")  # fmt: skip
     add = parser.add_argument_group("Machines").add_argument
-    add("--instance_type", required=True, metavar="TYPE", help="say ml.g6e.2xlarge")
-    add("--instance_count", type=int, default=1, metavar="N", help="only --mode train takes more than 1")
+    add("--instance_type", required=True, metavar="TYPE", help="for example ml.g6e.2xlarge")
+    add(
+        "--instance_count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of machines; more than 1 only with --mode train",
+    )
     add("--volume_gb", type=int, default=100, metavar="GB", help="disk of each machine; default: %(default)s")
-    add("--spot", action="store_true", help="spare capacity, cheaper; the run is interrupted and goes on by itself")
     add(
-        "--max_run_hours",
-        type=float,
-        default=24,
-        metavar="H",
-        help="the run saves and ends then; default: %(default)s",
+        "--spot", action="store_true", help="cheaper spare capacity; the run may be interrupted, and resumes by itself"
     )
-    add(
-        "--max_wait_hours",
-        type=float,
-        metavar="H",
-        help="limit for a spot job, waiting included; default: 2 × --max_run_hours",
-    )
+    add("--max_run_hours", type=float, default=24, metavar="H",
+        help="time limit, after which the run saves and ends; default: %(default)s")  # fmt: skip
+    add("--max_wait_hours", type=float, metavar="H",
+        help="time limit of a spot job, including the wait for capacity; default: 2 × --max_run_hours")  # fmt: skip
     add("--keep_alive_minutes", type=float, default=0, metavar="MIN",
-        help="keep the machines warm for the next job; not with --spot")  # fmt: skip
+        help="keep the machines ready for the next job; not with --spot")  # fmt: skip
     add = parser.add_argument_group("Data").add_argument
-    add("--fastfile", nargs="+", default=[], metavar="NAME=S3URI", help="channels read as needed, say shards")
-    add("--file", nargs="+", default=[], metavar="NAME=S3URI", help="channels copied at the start, say the base model")
-    add("--copy", nargs="+", default=[], metavar="NAME",
-        help="--fastfile channels that the container copies to its disk first, if they fit 1.5 times")  # fmt: skip
-    add = parser.add_argument_group("Account").add_argument
     add(
-        "--role",
-        metavar="ARN",
-        help="the job's IAM role; default: the one that you work in, or the SDK's configuration",
+        "--fastfile",
+        nargs="+",
+        default=[],
+        metavar="NAME=S3URI",
+        help="channels that are read as needed, for example shards",
     )
-    add("--bucket", metavar="NAME", help="for code, checkpoints and results; default: SageMaker's of the account")
-    add("--region", metavar="NAME", help="default: AWS's configuration")
-    add("--image", metavar="URI", help="container image; default: AWS's newest for training with PyTorch")
+    add(
+        "--file",
+        nargs="+",
+        default=[],
+        metavar="NAME=S3URI",
+        help="channels that are copied at the start, for example the base model",
+    )
+    add("--copy", nargs="+", default=[], metavar="NAME",
+        help="--fastfile channels to copy to the container's disk first; needs 1.5 times their size free")  # fmt: skip
+    add = parser.add_argument_group("Account").add_argument
+    add("--role", metavar="ARN", help="IAM role of the job; default: the current one, or the one in the SDK's config")
+    add("--bucket", metavar="NAME", help="for code, checkpoints and results; default: SageMaker's own bucket")
+    add("--region", metavar="NAME", help="default: the one in AWS's config")
+    add("--image", metavar="URI", help="container image; default: AWS's newest PyTorch training image")
     add("--secret", nargs="+", default=[], metavar="VARIABLE=ID",
-        help="environment variables that the container reads from Secrets Manager, say WANDB_API_KEY=wb")  # fmt: skip
-    add("--env", nargs="+", default=[], metavar="VARIABLE=VALUE", help="environment variables that are no secrets")
-    add("--tag", nargs="+", default=[], metavar="KEY=VALUE")
-    add("--subnets", nargs="+", metavar="ID", help="of your VPC; with --security_groups")
-    add("--security_groups", nargs="+", metavar="ID")
+        help="environment variables read from Secrets Manager in the container, e.g. WANDB_API_KEY=wb")  # fmt: skip
+    add("--env", nargs="+", default=[], metavar="VARIABLE=VALUE", help="other environment variables; no secrets")
+    add("--tag", nargs="+", default=[], metavar="KEY=VALUE", help="tags of the job")
+    add("--subnets", nargs="+", metavar="ID", help="subnets of your VPC; needs --security_groups")
+    add("--security_groups", nargs="+", metavar="ID", help="security groups of your VPC; needs --subnets")
     add = parser.add_argument_group("Submission").add_argument
-    add("--wait", action=argparse.BooleanOptionalAction, default=True, help="show the job's log until it ends")
-    add("--dry_run", action="store_true", help="print the request to SageMaker and what would be sent; send nothing")
+    add("--wait", action=argparse.BooleanOptionalAction, default=True, help="show the log of the job until it ends")
+    add("--dry_run", action="store_true", help="print the request and the files that would be sent; send nothing")
     return parser
 
 
@@ -104,12 +116,12 @@ def check_args(parser, args):
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9-]{0,46}", args.run_name):
         parser.error(f"--run_name: found {args.run_name}; expected up to 47 letters, digits and hyphens")
     if args.instance_count < 1 or (args.instance_count > 1 and args.mode != "train"):
-        parser.error(f"--instance_count: found {args.instance_count}; --mode {args.mode} takes "
-            + ("1 or more" if args.mode == "train" else "1, its processes share a folder"))  # fmt: skip
+        expected = "1 or more" if args.mode == "train" else "1, because its processes share a folder"
+        parser.error(f"--instance_count: found {args.instance_count}; --mode {args.mode} takes {expected}")
     if args.spot and args.keep_alive_minutes:
-        parser.error("--keep_alive_minutes: SageMaker keeps no spot machines warm; leave it or --spot out")
+        parser.error("--keep_alive_minutes: does not work with --spot; leave one of them out")
     if args.max_wait_hours is not None and (not args.spot or args.max_wait_hours < args.max_run_hours):
-        parser.error("--max_wait_hours: needs --spot and at least --max_run_hours")
+        parser.error("--max_wait_hours: needs --spot, and must not be less than --max_run_hours")
     if bool(args.subnets) != bool(args.security_groups):
         parser.error("--subnets and --security_groups: give both or neither")
     for flag in ("fastfile", "file", "secret", "env", "tag"):
@@ -117,42 +129,43 @@ def check_args(parser, args):
     for flag, channels in (("--fastfile", args.fastfile), ("--file", args.file)):
         for name, uri in channels.items():
             if not re.fullmatch(r"s3://[^/]+/.+", uri) or name in ("code", "sm_drivers"):
-                parser.error(
-                    f"{flag}: found {name}={uri}; expected NAME=s3://BUCKET/FOLDER, NAME not code or sm_drivers"
-                )
+                expected = "NAME=s3://BUCKET/FOLDER, where NAME is not code or sm_drivers"
+                parser.error(f"{flag}: found {name}={uri}; expected {expected}")
     for name in args.copy:
         if name not in args.fastfile:
             parser.error(f"--copy: found {name}; expected a channel of --fastfile")
     for variable in args.env:
         if SECRET_NAME.search(variable):
-            parser.error(
-                f"--env: {variable} looks like a secret and would stand in the request; use --secret {variable}=ID"
-            )
+            found = f"{variable} looks like a secret, and the request would contain its value"
+            parser.error(f"--env: {found}; use --secret {variable}=ID")
 
 
 def check_words(parser, script, words):
-    """Finds here, not after minutes of a machine's start, which flags a script does not have or may not be given."""
+    """Exits with a one-line error for a flag that the script does not have, before a machine is started."""
     known = set(re.findall(r'"(--[a-z]\w*)"', (PROJECT / script).read_text()))
     for flag in [word.split("=")[0] for word in words if word.startswith("--")]:
-        if flag in CONTAINERS:
-            parser.error(f"{flag}: the container gives it, see --run_name; leave it out")
+        if flag in SET_BY_ENTRY:
+            parser.error(f"{flag}: leave it out; the container sets it, see --run_name")
         if flag == "--hub_token":
-            parser.error("--hub_token: would stand in the request; use --secret HF_TOKEN=ID")
+            parser.error("--hub_token: the request would contain it; use --secret HF_TOKEN=ID")
         if flag.replace("--no-", "--") not in known:
             near = difflib.get_close_matches(flag, known, 1)
-            parser.error(f"{flag}: {script} has no such flag" + (f"; did you mean {near[0]}?" if near else ""))
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"{flag}: {script} has no such flag{hint}")
 
 
 def parse_args(argv=None):
-    """(args, the script's words)."""
+    """(args, the words after --, which are for the script)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    own, words = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    end = argv.index("--") if "--" in argv else len(argv)
+    own = argv[:end]
+    words = argv[end + 1 :]
     parser = make_parser()
     args = parser.parse_args(own)
     if not words:
-        parser.error("--: found no flags of the script; give them after --, say -- --max_train_steps 1000")
+        parser.error("--: found no flags of the script; give them after --, e.g. -- --max_train_steps 1000")
     check_args(parser, args)
-    split = words.index("--") if "--" in words else len(words)  # a sweep's own flags, and the trainer's
+    split = words.index("--") if "--" in words else len(words)  # of a sweep: its own flags, then the trainer's
     check_words(parser, SCRIPTS[args.mode], words[:split])
     check_words(parser, SCRIPTS["train"], words[split + 1 :])
     args.max_wait_hours = args.max_wait_hours or MAX_SPOT_WAIT * args.max_run_hours
@@ -160,9 +173,9 @@ def parse_args(argv=None):
 
 
 def find_files(args, words):
-    """Files to send, relative to the project: the scripts, --include and those that the script's flags name.
+    """Files to send, relative to the project: the scripts, --include, and files named by the script's flags.
 
-    Errors: ValueError when one is missing, outside of the project, or looks like it holds secrets.
+    Errors: ValueError when one is missing, is outside the project, or looks as if it held secrets.
     """
     files = []
     for name in SENT:
@@ -170,29 +183,33 @@ def find_files(args, words):
         files += [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
     for word in words:
         value = word.split("=", 1)[1] if word.startswith("--") and "=" in word else word
-        if (PROJECT / value).is_file() or Path(value).is_file():
-            files.append((PROJECT / value).resolve() if (PROJECT / value).is_file() else Path(value).resolve())
+        named = [path for path in (PROJECT / value, Path(value)) if path.is_file()]
+        files += [path.resolve() for path in named[:1]]
     files += [(PROJECT / name).resolve() for name in args.include]
     for path in files:
         if not path.is_file():
             raise ValueError(f"--include: no file {path}")
         if SECRET_FILE.search(path.name):
-            raise ValueError(f"{path}: looks like it holds secrets; give the container a --secret instead")
+            raise ValueError(f"{path}: looks as if it held secrets; use --secret instead")
         if not path.is_relative_to(PROJECT):
-            raise ValueError(f"{path}: lies outside of {PROJECT}; copy it there and give its relative path")
+            raise ValueError(f"{path}: is outside {PROJECT}; copy it there and give the relative path")
     return sorted({path.relative_to(PROJECT) for path in files})
 
 
 def stage_files(files, folder):
-    """Copies the project's files to send into an empty folder."""
+    """Copies the files to send into an empty folder."""
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / file, folder / file)
 
 
 def make_environment(args):
-    env = {"SECRET_IDS": json.dumps(args.secret)} if args.secret else {}
-    return args.env | env | ({"COPY_CHANNELS": ",".join(args.copy)} if args.copy else {})
+    env = dict(args.env)
+    if args.secret:
+        env["SECRET_IDS"] = json.dumps(args.secret)
+    if args.copy:
+        env["COPY_CHANNELS"] = ",".join(args.copy)
+    return env
 
 
 def make_channel(name, uri, mode):
@@ -203,7 +220,7 @@ def make_channel(name, uri, mode):
 
 
 def find_image(args, region):
-    """URI of AWS's newest container image for training with PyTorch."""
+    """URI of AWS's newest PyTorch training image."""
     from sagemaker.core import image_uris
     from sagemaker.core.image_uris import config_for_framework
 
@@ -216,7 +233,7 @@ def find_image(args, region):
 
 
 def make_trainer(args, words, session, code):
-    """ModelTrainer of the job; `code` is the folder that is sent."""
+    """The SDK's ModelTrainer for the job; `code` is the folder to send."""
     from sagemaker.core.training.configs import (
         CheckpointConfig,
         Compute,
@@ -243,7 +260,7 @@ def make_trainer(args, words, session, code):
         training_image=args.image or find_image(args, session.boto_region_name),
         source_code=SourceCode(
             source_dir=str(code), requirements="requirements.txt",
-            # exec: otherwise SIGTERM ends at the shell and nothing is saved
+            # exec: otherwise only the shell gets SIGTERM, and nothing is saved
             command="exec python sagemaker/entry.py", args=[args.mode, *words],
         ),
         compute=Compute(**compute),
@@ -261,21 +278,21 @@ def make_trainer(args, words, session, code):
 
 
 class NothingSent(Exception):
-    """Carries the request that a dry run did not send."""
+    """Carries the request that --dry_run did not send."""
 
 
-def keep_from_sending(boto_session, bucket):
-    """Lets no request of the session go out: S3 seems to agree, CreateTrainingJob raises NothingSent."""
+def block_requests(boto_session, bucket):
+    """Sends no request of the session: S3, IAM and STS seem to succeed, CreateTrainingJob raises NothingSent."""
     from botocore.awsrequest import AWSResponse
 
-    def agree(**_):
+    def succeed(**_):
         return AWSResponse("", 200, {}, None), {"Buckets": [{"Name": bucket, "CreationDate": datetime.now()}]}
 
     def refuse(params, **_):
         raise NothingSent(params)
 
     for service in ("s3", "iam", "sts"):
-        boto_session.events.register(f"before-call.{service}", agree)
+        boto_session.events.register(f"before-call.{service}", succeed)
     boto_session.events.register("provide-client-params.sagemaker.CreateTrainingJob", refuse)
 
 
@@ -286,12 +303,12 @@ def make_session(args):
 
     boto_session = boto3.Session(region_name=args.region)
     if boto_session.region_name is None:
-        raise ValueError("--region: none given and none in AWS's configuration; say --region us-east-1")
+        raise ValueError("--region: missing, also in AWS's config; give e.g. --region us-east-1")
     if args.dry_run:
         if not (args.role and args.bucket):
-            raise ValueError("--dry_run: asks nothing of the account; give --role and --bucket")
+            raise ValueError("--dry_run: needs --role and --bucket, because it does not ask the account")
         boto_session = boto3.Session("none", "none", region_name=boto_session.region_name)
-        keep_from_sending(boto_session, args.bucket)
+        block_requests(boto_session, args.bucket)
         os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"
     elif boto_session.get_credentials() is None:
         raise ValueError("no AWS credentials; run `aws configure` or `aws sso login`, or set AWS_PROFILE")
@@ -299,18 +316,18 @@ def make_session(args):
 
 
 def follow(args, region, name):
-    """How to look at a job, stop it and get its results."""
+    """Text: how to follow a job, stop it, resume it and get its results."""
     of = f"--region {region}"
     return (
         f"follow    aws logs tail /aws/sagemaker/TrainingJobs --follow --log-stream-name-prefix {name} {of}\n"
         f"stop      aws sagemaker stop-training-job --training-job-name {name} {of}   (the run saves)\n"
-        f"go on     the same command again\n"
+        f"resume    run the same command again\n"
         f"results   aws s3 cp --recursive s3://{args.bucket}/{args.run_name}/results/{name}/output . {of}"
     )
 
 
 def main(argv=None):
-    """Name of the job, or of a dry run the request. Errors: ValueError with what to do."""
+    """Submits the job and returns its name, or with --dry_run the request. Errors: ValueError saying what to do."""
     args, words = parse_args(argv)
     files = find_files(args, words)
     try:
@@ -333,19 +350,18 @@ def main(argv=None):
             return request
         trainer.train(wait=False, logs=False)
     job = trainer._latest_training_job
-    print(
-        f"started {job.training_job_name}\n{follow(args, session.boto_region_name, job.training_job_name)}", flush=True
-    )
+    print(f"started {job.training_job_name}")
+    print(follow(args, session.boto_region_name, job.training_job_name), flush=True)
     if args.wait:
         try:
             job.wait(logs=True)
         except KeyboardInterrupt:
-            print("the job goes on; see above")
+            print("the job keeps running; see above how to follow and stop it")
     return job.training_job_name
 
 
 def run():
-    """Exit status of main(); what is wrong is one line."""
+    """Runs main() and returns the exit status; an error of the user or of AWS is one line."""
     try:
         main()
     except Exception as error:

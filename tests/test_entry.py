@@ -125,14 +125,14 @@ def test_a_failure_says_why_where_sagemaker_looks(world, tmp_path):
         "train", [*WORDS, "--train_shards", "ML_ROOT/nowhere"]
     )
     assert job.wait() == [1]
-    told = (job.roots[0] / "output/failure").read_text()
-    assert told.startswith("train_sdxl_lora.py on 127.0.0.1, exit 1: ") and "error: --train_shards: " in told
-    assert "nowhere" in told and len(told.splitlines()) == 1
+    reason = (job.roots[0] / "output/failure").read_text()
+    assert reason.startswith("train_sdxl_lora.py on 127.0.0.1, exit 1: ") and "error: --train_shards: " in reason
+    assert "nowhere" in reason and len(reason.splitlines()) == 1
     assert not (job.roots[0] / "model").exists()
 
 
 @pytest.mark.slow
-def test_evaluation_and_sweep_hand_over_their_reports(world, tmp_path):
+def test_evaluation_and_sweep_copy_their_reports(world, tmp_path):
     panel = tmp_path / "panel.jsonl"
     panel.write_text("".join((ROOT / "demo/panel.jsonl").read_text().splitlines(keepends=True)[:2]))
     clip = f"local-dir:{ROOT / 'demo/clip'}"
@@ -194,7 +194,7 @@ def test_channels_are_copied_only_when_they_fit_one_and_a_half_times(channel, tm
         return
     with pytest.raises(entry.Failed) as error:
         entry.copy_channels(["train"], tmp_path / "to")
-    assert "train hold 80.0 GB and need 120.0 GB, 119.0 GB are free" in str(error.value)
+    assert "train: copying 80.0 GB needs 120.0 GB of free space" in str(error.value)
     assert "--volume_gb" in str(error.value) and not list((tmp_path / "to").iterdir())
 
 

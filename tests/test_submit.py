@@ -158,7 +158,7 @@ def test_least_flags_ask_for_what_a_user_expects(aws):
     assert [entry["ChannelName"] for entry in request["InputDataConfig"]] == ["code", "sm_drivers"]
     time.sleep(1.1)  # the SDK's names are told apart by the second
     again = submit.main([*SMALL, "--spot", "--", "--max_train_steps", "5"])
-    assert again != name and aws[1]["CheckpointConfig"] == request["CheckpointConfig"]  # so it goes on
+    assert again != name and aws[1]["CheckpointConfig"] == request["CheckpointConfig"]  # so it resumes
     assert aws[1]["StoppingCondition"] == {"MaxRuntimeInSeconds": 24 * 3600, "MaxWaitTimeInSeconds": 48 * 3600}
 
 
@@ -194,7 +194,7 @@ def test_no_secret_is_in_request_upload_or_log(aws, tmp_path, monkeypatch, capfd
     monkeypatch.setattr(submit, "PROJECT", project)
     caplog.set_level(logging.DEBUG, logger="sagemaker")
     argv = [*SMALL, "--secret", "WANDB_API_KEY=wandb", "HF_TOKEN=hf", "--", "--report_to", "wandb"]
-    with pytest.raises(ValueError, match=r"accelerate_configs/.env: looks like it holds secrets"):
+    with pytest.raises(ValueError, match=r"accelerate_configs/.env: looks as if it held secrets"):
         submit.main(argv)
     assert aws == [] and uploads() == {}
     (project / "accelerate_configs/.env").unlink()
@@ -235,7 +235,7 @@ def test_what_is_printed_says_how_to_follow_stop_and_continue(aws, capsys):
     name = submit.main([*SMALL, "--", "--max_train_steps", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"started {name}"
-    assert [line.split()[0] for line in lines[1:]] == ["follow", "stop", "go", "results"]
+    assert [line.split()[0] for line in lines[1:]] == ["follow", "stop", "resume", "results"]
     assert all(name in line and "--region eu-west-1" in line for line in lines if "aws " in line)
 
 
@@ -245,15 +245,15 @@ REFUSED = [
     (["--instance_count", "0"], "--instance_count: found 0"),
     (["--spot", "--keep_alive_minutes", "5"], "--keep_alive_minutes:"),
     (["--max_wait_hours", "5"], "--max_wait_hours: needs --spot"),
-    (["--spot", "--max_wait_hours", "5"], "--max_wait_hours: needs --spot and at least --max_run_hours"),
+    (["--spot", "--max_wait_hours", "5"], "--max_wait_hours: needs --spot, and must not be less"),
     (["--subnets", "s"], "--subnets and --security_groups: give both"),
     (["--fastfile", "train"], "--fastfile: found train; expected NAME=VALUE"),
     (["--fastfile", "train=/data"], "--fastfile: found train=/data; expected NAME=s3://BUCKET/FOLDER"),
-    (["--file", "code=s3://a/b"], "NAME not code or sm_drivers"),
+    (["--file", "code=s3://a/b"], "where NAME is not code or sm_drivers"),
     (["--copy", "val"], "--copy: found val; expected a channel of --fastfile"),
     (["--env", "WANDB_API_KEY=x"], "--env: WANDB_API_KEY looks like a secret"),
-    (["--", "--output_dir", "x"], "--output_dir: the container gives it"),
-    (["--", "--hub_token=x"], "--hub_token: would stand in the request"),
+    (["--", "--output_dir", "x"], "--output_dir: leave it out; the container sets it"),
+    (["--", "--hub_token=x"], "--hub_token: the request would contain it"),
     (["--", "--learning_rat", "1"], "train_sdxl_lora.py has no such flag; did you mean --learning_rate?"),
     (
         ["--mode", "hpo", "--", "--n_trials", "2", "--", "--n_trials", "2"],
@@ -272,7 +272,7 @@ def test_bad_flags_are_one_line_before_anything_is_sent(words, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-UNFIT = [("{tmp}/panel.jsonl", "lies outside of"), ("no.jsonl", "no file"), ("{tmp}/key.pem", "looks like it holds")]
+UNFIT = [("{tmp}/panel.jsonl", "is outside"), ("no.jsonl", "no file"), ("{tmp}/key.pem", "looks as if it held")]
 
 
 @pytest.mark.parametrize("name, message", UNFIT)
