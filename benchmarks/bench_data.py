@@ -1,13 +1,13 @@
-"""Images per second of one core: this trainer's loader beside what training scripts do, alternating.
+"""Measure the images per second that one core loads: this trainer's loader beside two others.
 
     python benchmarks/bench_data.py            # a quarter of an hour; 1024 px crops
 
-In one process on one thread, giving float batches, from the same images:
-- plain webdataset: decode with Pillow, Lanczos resize, crop, ToTensor, Normalize; with classes to balance it accepts
-  or rejects with the same probabilities after decoding, since only then it has the sample;
-- diffusers' recipe: the same transforms on image files (train_text_to_image_lora_sdxl.py), no classes;
-- this loader, which decodes what it has accepted, JPEGs at the size that is needed, and hands over bytes.
-Over HTTP every request waits 50 ms first. Figures are medians of the rounds, ratios medians of the rounds' ratios.
+Each makes float batches of the same images, in one process with one thread:
+- plain webdataset: Pillow, Lanczos resize, crop, ToTensor, Normalize. To balance classes it accepts each sample with
+  the same probability as ours, but only after decoding it;
+- diffusers' recipe: the same transforms on image files, without balancing (train_text_to_image_lora_sdxl.py);
+- ours: decodes only accepted samples, and JPEGs at a reduced size where that is enough.
+Over HTTP, every request takes 50 ms more. They take turns; figures are medians over the rounds.
 """
 
 import argparse
@@ -40,7 +40,7 @@ BATCH = 8
 
 
 def make_images(images, side, extension):
-    """[(species, encoded image of side x side px)], drawn small and enlarged with grain, species long-tailed."""
+    """Yields (species, encoded image of side × side px): enlarged drawings with grain; species are long-tailed."""
     counts = np.array([s.count for s in DATASET], dtype=float)
     species = np.random.default_rng(0).choice(len(DATASET), images, p=counts / counts.sum())
     species[: len(DATASET)] = range(len(DATASET))
@@ -53,7 +53,7 @@ def make_images(images, side, extension):
 
 
 def write_shards(folder, images, side, extension="jpg"):
-    """Shards of 64 images, and each image as a file beside them."""
+    """Writes shards of 64 images, and every image also as a file."""
     with wds.ShardWriter(f"{folder}/train-%05d.tar", maxcount=64, verbose=0) as writer:
         for n, (name, image) in enumerate(make_images(images, side, extension)):
             data = {"image_id": f"image {n}", "species_list": [name]}
@@ -62,11 +62,9 @@ def write_shards(folder, images, side, extension="jpg"):
 
 
 def make_index(shards, cache_dir):
-    rows = [
-        row
-        for path in shards
-        for row in sdxl_data.index_shard(sdxl_data.Shard(path, cache_dir), sdxl_data.Fields())[0]
-    ]
+    rows = []
+    for path in shards:
+        rows += sdxl_data.index_shard(sdxl_data.Shard(path, cache_dir), sdxl_data.Fields())[0]
     return sdxl_data.make_index(trainer.pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
 
 
@@ -75,10 +73,10 @@ def make_mix(index, weight):
 
 
 def ours(index, weight, resolution, batches, folder):
-    """Seconds of `batches` batches."""
+    """Seconds that our loader takes for `batches` batches."""
     plan = sdxl_data.SamplePlan(index, make_mix(index, weight), "random", 0, BATCH)
     dataset = sdxl_data.ImageDataset(index, 0, resolution, "center", False, "lanczos", folder)
-    dataset.read(index.row(0))  # the shard is open, as it is in every batch of a run but the first
+    dataset.read(index.row(0))  # opens the shard, which in a run is done before the first batch only
     loader = sdxl_data.make_loader(dataset, sdxl_data.MicroBatches(plan, batches, BATCH, 0, 1), 0, False)
     started = time.perf_counter()
     for batch in loader:
@@ -98,7 +96,7 @@ def prepare(resolution):
 
 
 def plain_webdataset(shards, acceptance, resolution, batches):
-    """Seconds of `batches` batches of the plain pipeline; `acceptance` is {species: probability}."""
+    """Seconds that the plain pipeline takes for `batches` batches; `acceptance` is {species: probability}."""
     rng = np.random.default_rng(0)
     pipeline = (
         wds.WebDataset(shards * 1000, shardshuffle=False)
@@ -115,7 +113,7 @@ def plain_webdataset(shards, acceptance, resolution, batches):
 
 
 def diffusers_recipe(files, resolution, batches):
-    """Seconds of `batches` batches of image files through the transforms of diffusers' script."""
+    """Seconds that the transforms of diffusers' script take for `batches` batches of image files."""
     transform = prepare(resolution)
     started = time.perf_counter()
     for start in range(0, batches * BATCH, BATCH):
@@ -125,7 +123,7 @@ def diffusers_recipe(files, resolution, batches):
 
 
 class SlowServer(http.server.SimpleHTTPRequestHandler):
-    """A folder over HTTP with ranges; every request waits `delay` seconds first."""
+    """Serves a folder over HTTP, with byte ranges; every request waits `delay` seconds first."""
 
     delay = 0.05
     protocol_version = "HTTP/1.1"
@@ -142,7 +140,7 @@ class SlowServer(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(last - first + 1))
             self.end_headers()
             file.seek(first)
-            with contextlib.suppress(ConnectionError):  # a pipeline that has enough closes the connection
+            with contextlib.suppress(ConnectionError):  # a pipeline that needs no more closes the connection
                 for start in range(first, last + 1, 1 << 20):
                     self.wfile.write(file.read(min(1 << 20, last + 1 - start)))
 
@@ -152,7 +150,7 @@ class SlowServer(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served(folder):
-    """Address of a server of `folder`, which runs in a process of its own."""
+    """Context manager: serves `folder` from another process; its value is the address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: SlowServer(*a, directory=folder))
     process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
     process.start()
@@ -164,7 +162,7 @@ def served(folder):
 
 
 def compare(images, rounds, *timed):
-    """(img/s of each, ratios of the last to each of the others): medians over rounds in which they take turns."""
+    """(images per second of each, ratios of the last to each other one): medians over rounds; they take turns."""
     seconds = [[run() for run in timed] for _ in range(rounds)]
     speeds = [images / statistics.median(column) for column in zip(*seconds)]
     ratios = [statistics.median(row[i] / row[-1] for row in seconds) for i in range(len(timed) - 1)]
@@ -172,7 +170,7 @@ def compare(images, rounds, *timed):
 
 
 def bench(source, resolution, batches, rounds, weight=1.0, remote=None):
-    """One row of the table: the shards in the folder `source`, read at `remote` when given."""
+    """compare() for the shards in the folder `source`; they are read from the address `remote` if there is one."""
     shards = sorted(map(str, Path(source).glob("*.tar")))
     shards = [f"{remote}/{Path(path).name}" for path in shards] if remote else shards
     files = sorted(str(path) for path in Path(source).iterdir() if path.suffix in (".jpg", ".png", ".webp"))

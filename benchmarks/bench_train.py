@@ -1,15 +1,15 @@
-"""Training speed and memory beside diffusers' train_text_to_image_lora_sdxl.py: equal batch, rank, size, precision.
+"""Measure speed and memory beside diffusers' train_text_to_image_lora_sdxl.py, at equal batch, rank, size, precision.
 
-    python benchmarks/bench_train.py --peer PATH/train_text_to_image_lora_sdxl.py              # demo model
+    python benchmarks/bench_train.py --peer PATH/train_text_to_image_lora_sdxl.py         # demo model
     python benchmarks/bench_train.py --peer PATH/… --model sdxl --precision bf16 --rank 64     # real size, CUDA
-    python benchmarks/bench_train.py --variants cached --profile                               # where a step goes
-    python benchmarks/bench_train.py --checkpoint --model sdxl --rank 64                       # what a save costs
-    python benchmarks/bench_train.py --memory --model sdxl --rank 64 --precision bf16          # what a step takes
+    python benchmarks/bench_train.py --variants cached --profile                          # time of each part of a step
+    python benchmarks/bench_train.py --checkpoint --model sdxl --rank 64                  # time of a checkpoint
+    python benchmarks/bench_train.py --memory --model sdxl --rank 64 --precision bf16     # memory of a step, simulated
 
-The peer's script comes from https://github.com/huggingface/diffusers (examples/text_to_image); it is not copied here.
-The real size has random weights: speed does not depend on their values. Every run is a process of its own, runs take
-turns, and a hook of torch tells when each optimizer step ends, for both scripts alike. The first steps do not count;
-time to the first step counts from the start of the process, imports, index and caches included.
+Get the peer, diffusers' script, from https://github.com/huggingface/diffusers (examples/text_to_image). Models of the
+real size have random weights, because speed does not depend on their values. Each run has its own process, and the
+runs take turns. In both scripts a hook of torch notes when each optimizer step ends; the first steps are not counted.
+The time to the first step includes imports, index and caches.
 """
 
 import argparse
@@ -51,7 +51,7 @@ VARIANTS = {
     "cached, not deterministic": [*CACHES, "--no-deterministic"],
     "cached, cudnn": [*CACHES, "--no-deterministic", "--attention_backend", "cudnn"],
 }
-PROFILED = {  # part of a step → (module, function) whose time it is
+PROFILED = {  # part of a step → (module or class, function) that is timed
     "batch to the device": ("train_sdxl_lora", "move_batch"),
     "noise": ("train_sdxl_lora", "sample_batch_noise"),
     "VAE": ("train_sdxl_lora", "encode_moments"),
@@ -63,7 +63,7 @@ PROFILED = {  # part of a step → (module, function) whose time it is
 }
 
 
-# ---- inside of a run
+# ---- in the process of a run
 
 
 def wait():
@@ -72,12 +72,13 @@ def wait():
 
 
 def watch_steps(out, started, warmup, steps):
-    """Writes to `out`, when the process ends, when each optimizer step ended and the peak memory in bytes."""
-    times, noted = [], {}
+    """At the end of the process, writes the times of the optimizer steps and the peak memory in bytes to `out`."""
+    times = []
+    noted = {}
 
     def note(*_):
         if len(times) in (0, warmup, warmup + steps - 1):
-            wait()  # what is counted is done
+            wait()  # for the GPU, so that everything counted is done
         times.append(time.time() - started)
         on_gpu = torch.cuda.is_available()
         peak = (
@@ -102,7 +103,8 @@ def profile(argv, steps, warmup):
     """Runs the trainer and prints the milliseconds that each part of a step takes."""
     import train_sdxl_lora as trainer
 
-    spent, calls = dict.fromkeys(PROFILED, 0.0), []
+    spent = dict.fromkeys(PROFILED, 0.0)
+    calls = []
 
     def timed(name, function):
         def call(*args, **kwargs):
@@ -139,9 +141,9 @@ def profile(argv, steps, warmup):
 
 
 def make_sdxl(folder, dtype):
-    """A snapshot of SDXL's own size with random weights; tokenizers and scheduler are the demo's.
+    """Saves a snapshot of SDXL's size with random weights, and the demo's tokenizers and scheduler.
 
-    Configurations: those of stabilityai/stable-diffusion-xl-base-1.0.
+    The configurations are those of stabilityai/stable-diffusion-xl-base-1.0.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -165,7 +167,7 @@ def make_sdxl(folder, dtype):
             ("unet", lambda: UNet2DConditionModel(**UNET)),
         ):
             model().to(dtype if name != "vae" else torch.float32).save_pretrained(folder / name)
-    torch.cuda.empty_cache()  # the runs are other processes and need the room
+    torch.cuda.empty_cache()  # the runs are other processes and need the memory
 
 
 VAE = {
@@ -193,7 +195,7 @@ UNET = {
 
 
 def make_images(folder, count, side):
-    """An image folder as both scripts read it: JPEGs of side x side px and metadata.jsonl."""
+    """Writes an image folder that both scripts read: JPEGs of side × side px and metadata.jsonl."""
     import bench_data
 
     folder.mkdir(parents=True)
@@ -208,7 +210,7 @@ def make_images(folder, count, side):
 
 
 def command_of(args, name, model, data, folder):
-    """(script, its flags) of the peer or of one of our variants."""
+    """(script, its flags) of the peer, or of ours with the flags of a variant."""
     flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", folder]
     flags += ["--resolution", args.resolution, "--train_batch_size", args.batch, "--rank", args.rank]
     flags += ["--max_train_steps", args.warmup + args.steps, "--learning_rate", 1e-4, "--lr_scheduler", "constant"]
@@ -221,7 +223,7 @@ def command_of(args, name, model, data, folder):
 
 
 def run(args, name, model, data, folder):
-    """{"first": s, "rate": steps/s, "peak": bytes} of one run, or None with its last words shown."""
+    """{"first": s, "rate": steps/s, "peak": bytes} of one run; None, with its output printed, if it fails."""
     script, flags = command_of(args, name, model, data, folder)
     out = Path(f"{folder}.json")
     command = [sys.executable, __file__, "--child", out, args.warmup, args.steps, script, *flags]
@@ -240,7 +242,7 @@ def run(args, name, model, data, folder):
 
 
 def make_lora_unet(args):
-    """The UNet on the meta device with its LoRA."""
+    """The UNet with its LoRA, on the meta device."""
     import diffusers
 
     import train_sdxl_lora as trainer
@@ -255,7 +257,7 @@ def make_lora_unet(args):
 
 
 def count_flop(args):
-    """(FLOP of an image forward and backward through the UNet with its LoRA, FLOP/s of a matrix product here)."""
+    """(FLOP of one image forward and backward through the UNet with its LoRA, FLOP/s of a matrix product here)."""
     import train_sdxl_lora as trainer
 
     flop, _ = trainer.count_unet(make_lora_unet(args), args.resolution, 1)
@@ -267,7 +269,8 @@ def measure_checkpoint(args):
     """Prints the seconds that training waits for a checkpoint of adapters and AdamW on this machine's disk."""
     import train_sdxl_lora as trainer
 
-    unet, masters = make_lora_unet(args), []
+    unet = make_lora_unet(args)
+    masters = []
     for module in unet.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
@@ -277,8 +280,13 @@ def measure_checkpoint(args):
     accelerator = trainer.Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW(masters, fused=True))
     optimizer.step()
-    run = SimpleNamespace(accelerator=accelerator, trained={"unet": unet}, optimizer=optimizer, args=SimpleNamespace())
-    run.args.stage, run.progress = "base", trainer.Progress()
+    run = SimpleNamespace(
+        args=SimpleNamespace(stage="base"),
+        accelerator=accelerator,
+        trained={"unet": unet},
+        optimizer=optimizer,
+        progress=trainer.Progress(),
+    )
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for step in range(1, args.rounds + 1):
             start = time.perf_counter()
@@ -292,11 +300,13 @@ def measure_checkpoint(args):
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that exist now, and the most there ever were; a view counts with what it looks at."""
+    """Counts the bytes of all tensors that exist, and their maximum; views are not counted again."""
 
     def __init__(self, tensors):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes = {}
+        self.now = 0
+        self.peak = 0
         for tensor in tensors:
             self.add(tensor)
 
@@ -320,11 +330,15 @@ class Allocations(TorchDispatchMode):
 
 
 def simulate_memory(args, checkpointing, batch):
-    """Peak bytes of training steps from cached latents and embeddings, run on PyTorch's fake tensors: they have shapes
-    and lifetimes and no data, so that the real size needs neither a GPU nor its memory."""
+    """Peak bytes of training steps with cached latents and embeddings.
+
+    The steps run on PyTorch's fake tensors, which have shapes and lifetimes but no data, so the real size needs no GPU
+    and little memory.
+    """
     import train_sdxl_lora as trainer
 
-    unet, half = make_lora_unet(args), trainer.weight_dtype_of(args.precision)
+    unet = make_lora_unet(args)
+    half = trainer.weight_dtype_of(args.precision)
     with FakeTensorMode():
         for module in unet.modules():
             for name, p in module.named_parameters(recurse=False):
@@ -334,10 +348,11 @@ def simulate_memory(args, checkpointing, batch):
             trainer.set_checkpointing(unet, checkpointing, dropout=False)
         masters = [p for p in unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(masters, fused=True)
-        config, side = unet.config, args.resolution // 8
+        config = unet.config
+        side = args.resolution // 8
         time_ids = 6 * config.addition_time_embed_dim
         with Allocations(unet.parameters()) as allocations:
-            for _ in range(2):  # the optimizer's moments are there from the first on
+            for _ in range(2):  # the first one creates the optimizer's moments
                 pooled = torch.empty(batch, config.projection_class_embeddings_input_dim - time_ids, dtype=half)
                 conditions = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}
                 prompt_embeds = torch.empty(batch, 77, config.cross_attention_dim, dtype=half)
@@ -351,7 +366,7 @@ def simulate_memory(args, checkpointing, batch):
 
 
 def report_memory(args):
-    """Prints the simulated peak memory of a step for each kind of checkpointing, batch 1 and --batch."""
+    """Prints the simulated peak memory of a step with each kind of checkpointing, for batch sizes 1 and --batch."""
     for mode in ("none", "blocks", "full"):
         peaks = (f"batch {n}: {simulate_memory(args, mode, n) / 1e9:5.2f} GB" for n in sorted({1, args.batch}))
         print(f"{args.model}, {args.precision}, rank {args.rank}, {mode:7} {', '.join(peaks)}", flush=True)
@@ -371,20 +386,19 @@ def report(args, results):
         rate, peak, first = (statistics.median(r[key] for r in whole) for key in ("rate", "peak", "first"))
         pairs = [(a, b) for a, b in zip(runs, results.get("peer", [])) if a and b]
         ratios = sorted(a["rate"] / b["rate"] for a, b in pairs)
-        told = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
+        shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
         print(f"{name:26} {rate * args.batch:8.2f} {1000 / rate:9.1f} {peak / 1e9:8.2f} "
-            f"{rate * args.batch * flop / speed:9.1%} {first:14.1f}   {told}")  # fmt: skip
+            f"{rate * args.batch * flop / speed:9.1%} {first:14.1f}   {shown}")  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--peer", metavar="FILE", help="diffusers' train_text_to_image_lora_sdxl.py; without it ours alone"
-    )
+    parser.add_argument("--peer", metavar="FILE",
+        help="diffusers' train_text_to_image_lora_sdxl.py; without it, only ours runs")  # fmt: skip
     parser.add_argument("--model", choices=("demo", "sdxl"), default="demo")
-    parser.add_argument("--model_dir", metavar="DIR", help="keeps the full-size snapshot for the next time")
+    parser.add_argument("--model_dir", metavar="DIR", help="where to keep the full-size snapshot")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "cached"], metavar="NAME",
-        help="of our script; %(choices)s")  # fmt: skip
+        help="variants of ours: %(choices)s")  # fmt: skip
     parser.add_argument("--resolution", type=int, help="default: 64 for demo, 1024 for sdxl")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
@@ -394,14 +408,18 @@ def main():
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
-        help="loader processes of every script; default: 4 with a GPU, else none")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=2, help="of a process, without a GPU")
-    parser.add_argument("--profile", action="store_true", help="where a step of the first variant goes")
-    parser.add_argument("--memory", action="store_true", help="what a step takes, simulated without a GPU, no more")
-    parser.add_argument("--checkpoint", action="store_true", help="how long training waits for a checkpoint, no more")
+        help="loader processes of each script; default: 4 with a GPU, else 0")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=2, help="threads per process without a GPU")
+    parser.add_argument("--profile", action="store_true", help="only measure the parts of a step of the first variant")
+    parser.add_argument("--memory", action="store_true", help="only simulate the memory of a step; needs no GPU")
+    parser.add_argument(
+        "--checkpoint", action="store_true", help="only measure how long training waits for a checkpoint"
+    )
     args = parser.parse_args()
     if args.images < 12:
-        parser.error(f"--images: {args.images}; at least 12, one of each species that bench_data.py draws")
+        parser.error(
+            f"--images: found {args.images}; expected 12 or more, one of each species that bench_data.py draws"
+        )
     args.resolution = args.resolution or {"demo": 64, "sdxl": 1024}[args.model]
     if args.checkpoint:
         return measure_checkpoint(args)
@@ -423,8 +441,8 @@ def main():
             for name in results:
                 found = run(args, name, model, folder / "data", folder / f"{name.replace(', ', '-')}-{n}")
                 results[name].append(found)
-                told = f"{found['rate']:.2f} steps/s, first after {found['first']:.1f} s" if found else "failed"
-                print(f"round {n + 1}: {name}: {told}", flush=True)
+                speed = f"{found['rate']:.2f} steps/s, first after {found['first']:.1f} s" if found else "failed"
+                print(f"round {n + 1}: {name}: {speed}", flush=True)
         report(args, results)
 
 

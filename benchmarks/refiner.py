@@ -1,4 +1,4 @@
-"""Trains base and refiner LoRAs on the demo's dataset and measures what the refiner's LoRA adds, with intervals.
+"""Train base and refiner LoRAs on the demo's dataset and measure what the refiner's LoRA adds, with intervals.
 
     python benchmarks/refiner.py               # ten minutes on two cores
 
@@ -56,7 +56,8 @@ def train(flags, steps, shards, output_dir, switches=()):
 
 def interval(differences):
     """{"mean", "low", "high"} of paired differences."""
-    mean, half = np.mean(differences), 1.96 * np.std(differences, ddof=1) / len(differences) ** 0.5
+    mean = np.mean(differences)
+    half = 1.96 * np.std(differences, ddof=1) / len(differences) ** 0.5
     return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half), "n": len(differences)}
 
 

@@ -1,12 +1,12 @@
-"""Kills runs at random instants and asks whether what they end with is what an uninterrupted run ends with.
+"""Kill runs at random moments and check that they end exactly like an uninterrupted run.
 
     python benchmarks/soak.py                  # 200 kills; half an hour on two cores
 
-Each run trains UNet and both text encoders on the demo world with LoRA dropout, accumulation and validation, saves
-every third step, and is killed with SIGKILL and started again by the same command until it is done. Some kills come
-at any instant from the start of the process on, others are aimed: they wait for a checkpoint to be under way. Of two
-processes either one or both are killed. At the end adapters, optimizer and rows of metrics are compared bit by bit.
-Runs are forks of a process that has imported torch, so recovery is counted without those ten seconds.
+Each run trains the UNet and both text encoders on the demo's dataset, with LoRA dropout, gradient accumulation and
+validation, and saves every third step. It is killed with SIGKILL and started again by the same command until it is
+done. Some kills come at a random moment after the start; others wait until a checkpoint is being written. Of two
+processes, one or both are killed. At the end, adapters, optimizer and rows of metrics are compared bit by bit.
+Runs are forked from a process that has imported torch, so the time to recover does not include the imports.
 """
 
 import argparse
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "tests")]
 
 STEPS = 20
-KINDS = {"no workers": (0, 1), "2 workers": (2, 1), "2 processes": (0, 2)}  # name → loader workers, processes
+KINDS = {"no workers": (0, 1), "2 workers": (2, 1), "2 processes": (0, 2)}  # name → (loader workers, processes)
 
 
 def make_flags(world, workers, processes):
-    """A command line in which everything happens often; the global batch is 4 on any number of processes."""
+    """Flags with frequent saves and validations; the global batch is 4 on one process and on two."""
     from harness import SDXL
 
     return [
@@ -74,8 +74,8 @@ def are_identical(a, b):
 
 
 def wait_for_instant(children, output_dir, longest, aimed, rng):
-    """Returns at the instant to kill: at random within `longest` seconds, or while a checkpoint is being written."""
-    until = time.time() + rng.random() * longest * 0.6  # often enough that most runs die several times
+    """Waits for the moment to kill: a random one within `longest` seconds, or while a checkpoint is being written."""
+    until = time.time() + rng.random() * longest * 0.6  # so early that most runs are killed several times
     while any(child.is_alive() for child, _ in children):
         if time.time() > until and (not aimed or list(output_dir.glob(".checkpoint-*.partial"))):
             time.sleep(rng.random() * 0.02 if aimed else 0)
@@ -84,9 +84,9 @@ def wait_for_instant(children, output_dir, longest, aimed, rng):
 
 
 def kill(children, rng):
-    """SIGKILL to one process or all; whether it met a living one. Returns when all have ended.
+    """Kills one process or all and waits for the others to end. Returns whether one of the killed was still alive.
 
-    A survivor ends by itself unless it waits for a peer that never came: then it gets a launcher's SIGTERM.
+    A process that waits for a killed one to connect does not end by itself: it gets SIGTERM, as launchers send it.
     """
     victims = children if rng.random() < 0.5 else [rng.choice(children)]
     met = [child for child, _ in victims if child.is_alive()]
@@ -98,36 +98,44 @@ def kill(children, rng):
             child.terminate()
         child.join(60)
         if child.is_alive():
-            raise RuntimeError("a process outlives its killed peer by a minute")
+            raise RuntimeError("a process still runs a minute after the other one was killed")
     return bool(met)
 
 
 def count_lost(output_dir):
-    """(steps that will be done again, bytes of rows and half-written checkpoints that the resume throws away)."""
+    """(steps that a resume repeats, bytes of rows and half-written checkpoints that it deletes)."""
     saved = max((int(p.name.split("-")[1]) for p in output_dir.glob("checkpoint-*")), default=0)
-    metrics, done, size = output_dir / "metrics.jsonl", saved, 0
+    metrics = output_dir / "metrics.jsonl"
+    done = saved
+    size = 0
     for line in metrics.read_text().splitlines() if metrics.exists() else ():
         step = json.loads(line)["step"] if line.endswith("}") else saved + 1
-        done, size = max(done, step), size + (len(line) + 1 if step > saved else 0)
+        done = max(done, step)
+        if step > saved:
+            size += len(line) + 1
     size += sum(p.stat().st_size for p in output_dir.glob(".*.partial/*"))
     return done - saved, size
 
 
 def soak(world, folder, kills, aimed, workers, processes, seed=0, tell=print):
-    """Report of at least `kills` kills, at least `aimed` of them while a checkpoint was being written."""
+    """Counts of at least `kills` kills, at least `aimed` of them while a checkpoint was being written."""
     from harness import assert_ok, run_trainer, start_trainer
 
     rng = random.Random(seed)
-    flags, folder = make_flags(world, workers, processes), Path(folder)
+    flags = make_flags(world, workers, processes)
+    folder = Path(folder)
+    output_dir = folder / "killed"
+    first_step = folder / "first_step"
     expected = final_state(assert_ok(run_trainer(flags, folder / "whole", processes)).output_dir)
     started = time.time()
     assert are_identical(final_state(assert_ok(run_trainer(flags, folder / "again", processes)).output_dir), expected)
     longest = time.time() - started
     report = dict.fromkeys(("kills", "while_saving", "runs", "identical", "steps_again", "bytes_lost"), 0)
-    report["slowest_recovery"], first_step, output_dir = 0.0, folder / "first_step", folder / "killed"
+    report["slowest_recovery"] = 0.0
     while report["kills"] < kills or report["while_saving"] < aimed or output_dir.exists():
         first_step.unlink(missing_ok=True)
-        resumes, started = bool(list(output_dir.glob("checkpoint-*"))), time.time()
+        resumes = bool(list(output_dir.glob("checkpoint-*")))
+        started = time.time()
         enough = report["kills"] >= kills and report["while_saving"] >= aimed
         children = start_trainer(flags, output_dir, processes, setup=partial(note_first_step, first_step))
         aim = report["while_saving"] < aimed and rng.random() < 0.3
@@ -153,9 +161,9 @@ def soak(world, folder, kills, aimed, workers, processes, seed=0, tell=print):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=200, help="in all")
-    parser.add_argument("--aimed", type=int, default=30, help="of them while a checkpoint is being written")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills")
+    parser.add_argument("--aimed", type=int, default=30, help="kills while a checkpoint is being written")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     args = parser.parse_args()
     from world import make_dataset
 
@@ -169,7 +177,7 @@ def main():
             print(f"{kind}: {json.dumps(reports[kind])}", flush=True)
     total = {k: sum(r[k] for r in reports.values()) for k in reports[kind]}
     total["slowest_recovery"] = max(r["slowest_recovery"] for r in reports.values())
-    print(f"together: {json.dumps(total)}")
+    print(f"total: {json.dumps(total)}")
     sys.exit(total["identical"] != total["runs"])
 
 

@@ -1,11 +1,11 @@
-"""How the demo's weights were made: a small SDXL, its refiner UNet, a CLIP and an aesthetic head.
+"""Make the demo's weights: a small SDXL, a refiner UNet, a CLIP and an aesthetic head.
 
-    python demo/pretrain.py --output_dir demo                    # every stage, about 75 minutes on 2 CPU cores
-    python demo/pretrain.py --output_dir demo --stages clip      # or any others of STAGES
+    python demo/pretrain.py --output_dir demo                    # all stages, about 75 minutes on 2 CPU cores
+    python demo/pretrain.py --output_dir demo --stages clip      # some of STAGES
 
-Classes, folder layout and conditioning are SDXL's; only the sizes differ. The SDXL (tokenizers, VAE, encoders, both
-UNets) never meets the species marked `pretrained=False` in world.py; the CLIP and the aesthetic head, which judge,
-know them all.
+Classes, folder layout and conditioning are those of SDXL; only the sizes differ. The small SDXL (tokenizers, VAE,
+encoders, both UNets) never sees the species marked `pretrained=False` in world.py. The CLIP and the aesthetic head,
+which score images, are trained on all species.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from world import BODY_BOX, PRETRAINED, SPECIES, aesthetic_of, draw_scene, sampl
 
 RESOLUTION = 64  # px
 LATENT_SIZE = RESOLUTION // 8
-REFINER_BAND = 200  # the refiner learns timesteps 0–200, as the real one does
-UNSEEN_CONDITIONING = 0.1  # share of samples trained without their caption, for classifier-free guidance
+REFINER_BAND = 200  # the refiner is trained on timesteps 0 to 200, like SDXL's
+UNSEEN_CONDITIONING = 0.1  # fraction of captions dropped, for classifier-free guidance
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SDXL's
-TEXT_WIDTHS = (64, 96)  # text_encoder, text_encoder_2
+TEXT_WIDTHS = (64, 96)  # hidden sizes of text_encoder and text_encoder_2
 
 
 def cosine_lr(step, steps, warmup=50):
@@ -47,10 +47,11 @@ def cosine_lr(step, steps, warmup=50):
 
 
 def optimize(parameters, loss_at, steps, lr, name, ema_of=()):
-    """Runs AdamW on `loss_at(step)` with a cosine schedule; the models of `ema_of` end as their moving averages."""
+    """Minimises loss_at(step) by AdamW with a cosine schedule; models in `ema_of` become their moving averages."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     averages = [copy.deepcopy(model) for model in ema_of]
-    start, running = time.time(), None
+    start = time.time()
+    running = None
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine_lr(step, steps)
@@ -73,12 +74,13 @@ def optimize(parameters, loss_at, steps, lr, name, ema_of=()):
         model.load_state_dict(average.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 def random_species(rng):
-    """A creature nobody has named: the VAE learns from these, so that it favours no species."""
-    hues, values = rng.random(2), rng.uniform(0.3, 1.0, 2)
+    """A species with random looks: the VAE is trained on these, so that it is equally good for all species."""
+    hues = rng.random(2)
+    values = rng.uniform(0.3, 1.0, 2)
     colours = [
         tuple(int(255 * c) for c in colorsys.hsv_to_rgb(h, rng.uniform(0.4, 1), v)) for h, v in zip(hues, values)
     ]
@@ -96,7 +98,7 @@ def random_species(rng):
 
 
 def resize_and_crop(image, rng):
-    """(64, 64, 3) uint8 and (top, left): short side to 64 px, then a window near the middle of the long side."""
+    """((64, 64, 3) uint8, (top, left)): the short side becomes 64 px, then a square near the middle is cropped."""
     scale = RESOLUTION / min(image.size)
     image = image.resize([max(RESOLUTION, round(side * scale)) for side in image.size], 1)
     margins = image.size[0] - RESOLUTION, image.size[1] - RESOLUTION
@@ -105,7 +107,7 @@ def resize_and_crop(image, rng):
 
 
 def draw_one(n, seed, species):
-    """(picture (64, 64, 3) uint8, scene, original (h, w) + crop (top, left), score); a function of (seed, n)."""
+    """(image (64, 64, 3) uint8, scene, (height, width, top, left), score): depends on `seed` and `n` only."""
     rng = np.random.default_rng((seed, n))
     if species is None:
         creature = random_species(rng)
@@ -113,12 +115,12 @@ def draw_one(n, seed, species):
     else:
         scene = sample_scene(rng, species[n % len(species)], species)
     width, height = sample_canvas(rng)
-    picture, crop = resize_and_crop(draw_scene(scene, rng, width, height), rng)
-    return picture, scene, (height, width, *crop), aesthetic_of(scene, rng)
+    image, crop = resize_and_crop(draw_scene(scene, rng, width, height), rng)
+    return image, scene, (height, width, *crop), aesthetic_of(scene, rng)
 
 
 def draw_many(count, seed, species=PRETRAINED):
-    """(pictures (n, 3, 64, 64) uint8, captions, scenes, original (h, w) + crop (top, left) (n, 4), scores (n,))."""
+    """(images (n, 3, 64, 64) uint8, captions, scenes, (n, 4) of height, width, top, left, scores (n,))."""
     with multiprocessing.get_context("fork").Pool() as pool:
         jobs = ((n, seed, species) for n in range(count))
         pixels, scenes, ids, scores = zip(*pool.starmap(draw_one, jobs, chunksize=100))
@@ -131,12 +133,13 @@ def to_pixel_values(pixels):
     return pixels.float() / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------ the stages
+# ------------------------------------------------------------------------------------------------ stages
 
 
 def make_tokenizer(captions, folder, pad_token, vocab_size=700):
-    """A CLIP byte-pair tokenizer with a small vocabulary of its own, trained on `captions`."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
+    """Trains a CLIP tokenizer (byte pairs) with a small vocabulary on `captions` and saves it in `folder`."""
+    start = "<|startoftext|>"
+    end = "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -174,16 +177,16 @@ def train_tokenizers(output_dir):
 
 
 def reconstruction_loss(y, x):
-    """L1, squared error, and L1 on red-green and blue-yellow: without it colours come last, and red not at all."""
+    """L1 + squared error + L1 of the red-green and blue-yellow differences, without which red is not learned."""
     opponent = torch.tensor([[1.0, -1.0, 0.0], [-0.5, -0.5, 1.0]])
     colour = torch.einsum("oc,bchw->bohw", opponent, y - x)
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 2 * colour.abs().mean()
 
 
 def optimize_vae(vae, loss, steps, lr, permute=False, batch_size=16):
-    """Trains `vae` on creatures of random looks with loss(reconstruction, picture) + a little KL, in place.
+    """Trains `vae` in place on species with random looks; the loss is loss(reconstruction, image) + 1e-5 KL.
 
-    With `permute`, each picture has its colour channels in random order, so that no colour axis is worth more.
+    With `permute`, the colour channels of each image are in random order, so that all colours count the same.
     """
     pixels = draw_many(5000, seed=101, species=None)[0]
 
@@ -226,7 +229,7 @@ def train_vae(output_dir):
 
 
 def train_vae_colour(output_dir):
-    """Goes on with the VAE, which had lost red and green: the drawn backgrounds vary from blue to yellow only."""
+    """Continues with the VAE. It had lost red and green, because most backgrounds are between blue and yellow."""
     torch.manual_seed(6)
     vae = load_frozen(output_dir, AutoencoderKL, "vae").requires_grad_(True).train()
     optimize_vae(vae, reconstruction_loss, steps=1500, lr=2.5e-3, permute=True)
@@ -257,7 +260,7 @@ def make_unet(channels, cross_attention_dim, ids):
         block_out_channels=channels,
         layers_per_block=1,
         transformer_layers_per_block=[1, 1],
-        attention_head_dim=[2, 4],  # heads per level, SDXL's reading of the name
+        attention_head_dim=[2, 4],  # number of heads per level, in spite of the name, as in SDXL's config
         norm_num_groups=16,
         cross_attention_dim=cross_attention_dim,
         addition_embed_type="text_time",
@@ -268,7 +271,7 @@ def make_unet(channels, cross_attention_dim, ids):
 
 
 def encode_latents(vae, pixels):
-    """Posterior means and standard deviations of `pixels`, each (n, 4, 8, 8), scaled."""
+    """Scaled means and standard deviations of the posteriors of `pixels`, each (n, 4, 8, 8)."""
     with torch.no_grad():
         dists = [vae.encode(to_pixel_values(chunk)).latent_dist for chunk in pixels.split(64)]
     scale = vae.config.scaling_factor
@@ -276,7 +279,7 @@ def encode_latents(vae, pixels):
 
 
 def reconstruct(vae, pixels):
-    """`pixels` (n, 3, 64, 64) uint8 through encoder and decoder."""
+    """`pixels` (n, 3, 64, 64) uint8, encoded and decoded again."""
     with torch.no_grad():
         decoded = [
             vae.decode(vae.encode(to_pixel_values(chunk)).latent_dist.mode()).sample for chunk in pixels.split(64)
@@ -291,7 +294,7 @@ def load_frozen(output_dir, model_class, name):
 
 
 def prepare_latents(output_dir, count, seed):
-    """Drawn once: latents (mean, std), caption token ids per tokenizer, geometry ids (n, 4) and scores 1–10 (n,)."""
+    """((mean, std) of the latents, tokenizers, token ids for each, sizes and crops (n, 4), scores 1 to 10 (n,))."""
     vae = load_frozen(output_dir, AutoencoderKL, "vae")
     tokenizers = [CLIPTokenizer.from_pretrained(output_dir / "sdxl" / name) for name in ("tokenizer", "tokenizer_2")]
     pixels, captions, _, ids, scores = draw_many(count, seed)
@@ -299,7 +302,7 @@ def prepare_latents(output_dir, count, seed):
 
 
 def noisy_batch(scheduler, latents, rows, low, high):
-    mean, std = latents[0][rows], latents[1][rows]
+    mean, std = (part[rows] for part in latents)
     clean = mean + std * torch.randn_like(mean)
     noise = torch.randn_like(clean)
     timesteps = torch.randint(low, high, (len(rows),))
@@ -311,7 +314,7 @@ def make_ddpm():
 
 
 def optimize_base(output_dir, unet, text_encoders, steps, lr, batch_size=64):
-    """Trains UNet and both encoders together on the denoising loss, in place, and saves them."""
+    """Trains the UNet and both text encoders in place on the denoising loss, and saves them."""
     latents, tokenizers, token_ids, ids, _ = prepare_latents(output_dir, 9000, seed=201)
     scheduler = make_ddpm()
     target_size = torch.full((batch_size, 2), float(RESOLUTION))
@@ -353,7 +356,7 @@ def train_base(output_dir):
 
 
 def train_base_colour(output_dir):
-    """Goes on with the base in the latent space of the second VAE."""
+    """Continues with the base model in the latent space of the second VAE."""
     torch.manual_seed(7)
     parts = ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
     parts += ((CLIPTextModelWithProjection, "text_encoder_2"),)
@@ -365,7 +368,8 @@ def train_refiner(output_dir, steps=800, batch_size=64):
     torch.manual_seed(3)
     latents, tokenizers, token_ids, ids, scores = prepare_latents(output_dir, 4000, seed=301)
     text_encoder = load_frozen(output_dir, CLIPTextModelWithProjection, "text_encoder_2")
-    unet, scheduler = make_unet((48, 96), TEXT_WIDTHS[1], 5), make_ddpm()
+    unet = make_unet((48, 96), TEXT_WIDTHS[1], 5)
+    scheduler = make_ddpm()
     empty = tokenize(tokenizers[1], [""])[0]
 
     def loss_at(step):
@@ -389,7 +393,7 @@ CLIP_CONFIG = {
 
 
 def shortened(rng, caption):
-    """The species and a random part of the rest, so that the CLIP also understands short prompts."""
+    """The species and a random part of the rest of a caption: the CLIP must understand short prompts too."""
     species, *scene, quality = caption.split(", ")
     phrases = [phrase for phrase in scene if rng.random() < 0.5] + [quality] * (rng.random() < 0.8)
     return ", ".join([species, *phrases])
@@ -414,9 +418,9 @@ def train_clip(output_dir, steps=1300, batch_size=128):
 
     def loss_at(step):
         rows = torch.randint(len(pixels), (batch_size,))
-        # half of what it learns from has been through the VAE, as all that it will judge
-        pictures = to_pixel_values((through_vae if step % 2 else pixels)[rows])
-        shifted = torch.roll(pictures, tuple(rng.integers(-3, 4, 2)), (2, 3))
+        # every second batch was encoded and decoded by the VAE, like the images that the CLIP will score
+        batch = to_pixel_values((through_vae if step % 2 else pixels)[rows])
+        shifted = torch.roll(batch, tuple(rng.integers(-3, 4, 2)), (2, 3))
         images = model.encode_image(shifted + 0.02 * torch.randn_like(shifted), normalize=True)
         texts = [shortened(rng, captions[i]) for i in rows]
         logits = model.logit_scale.exp().clamp(max=100) * images @ encode_text(texts).T
@@ -444,7 +448,7 @@ def train_clip(output_dir, steps=1300, batch_size=128):
 
 
 class AestheticHead(nn.Module):
-    """The layers of LAION's improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth) on a smaller embedding."""
+    """LAION's improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth) for a smaller embedding."""
 
     def __init__(self, width):
         super().__init__()
@@ -467,7 +471,8 @@ def train_aesthetic(output_dir, steps=6000, batch_size=256):
             [model.encode_image(to_pixel_values(chunk), normalize=True) for chunk in pixels.split(200)]
         )
     scores = scores[:, None].float() / 10
-    train, held_out = slice(0, 4500), slice(4500, None)
+    train = slice(0, 4500)
+    held_out = slice(4500, None)
     head = AestheticHead(embeddings.shape[1])
     head.layers[-1].bias.data.fill_(scores.mean().item())
 

@@ -25,7 +25,7 @@ from world import FACINGS, PLACES, POSES, PRETRAINED, UNSEEN, Scene, draw_scene,
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PROCESSES = 2  # the toy's layers are too small to be split over cores
+PROCESSES = 2  # one core each: the toy's layers are too small to be split over cores
 GLOBAL_BATCH = 16
 TRAINING = {
     "--resolution": 64,
@@ -37,7 +37,7 @@ TRAINING = {
     "--text_encoder_lr_scale": 1.0,
     "--species_mix": (0.0, 0.1, 280),
     "--caption_dropout_rate": 0.1,
-    "--noise_offset": 0.2,  # without it yellow creatures come out red in bright places
+    "--noise_offset": 0.2,  # without it, yellow creatures turn red in bright places
     "--checkpointing_steps": 140,
     "--validation_steps": 280,
     "--mixed_precision": "no",
@@ -104,7 +104,7 @@ def launch(commands):
 
 
 def work(plan):
-    """Runs the scripts of `plan` in one of the processes."""
+    """Runs the scripts of `plan` in this process, which is one of PROCESSES."""
     from accelerate.state import AcceleratorState
 
     for script, words, port in plan:
@@ -134,7 +134,7 @@ def evaluation_flags(lora, output_dir):
 
 
 def draw_before_after(evaluation, path, tile=96, margin=76, header=18, gap=8):
-    """Draws a column per species: what it looks like, two images by the base, and the same two with the LoRA."""
+    """Draws a column per species: a drawing of it, two images by the base, and the same two with the LoRA."""
     with open(evaluation / "per_image.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["seed"]) < 2]
     columns = [*UNSEEN, *PRETRAINED[:3]]
@@ -161,7 +161,8 @@ def main(output_dir):
     start = time.time()
     if not (HERE / "data/manifests/train_species.csv").exists():
         print("drew {} training and {} validation images".format(*make_dataset(HERE / "data")))
-    lora, evaluation = output_dir / "lora", output_dir / "evaluation"
+    lora = output_dir / "lora"
+    evaluation = output_dir / "evaluation"
     commands = [("train_sdxl_lora.py", training_flags(lora)), ("evaluate.py", evaluation_flags(lora, evaluation))]
     launch(commands)
     draw_before_after(evaluation, output_dir / "before_after.png")

@@ -1,10 +1,9 @@
-"""The demo world: drawn creatures with captions, the toy stand-in for captioned Pokémon fan art.
+"""Draw the demo's dataset: creatures with captions, a small substitute for captioned Pokémon fan art.
 
-    python demo/world.py --output_dir demo/data        # the WebDataset the demo trains on
+    python demo/world.py --output_dir demo/data        # the WebDataset that the demo trains on
 
-Every picture is a pure function of (seed, number): species, scene, pose, count, finish and canvas are drawn from that
-random stream. A species is a fixed combination of body, colours, pattern, ears and tail; captions name the species and
-the scene but never the species' looks, so what a name looks like has to be learned.
+Every image depends on its seed only. A species is a fixed combination of body, colours, pattern, ears and tail.
+Captions name the species and the scene but never describe the species: what a name looks like has to be learned.
 """
 
 import argparse
@@ -20,12 +19,12 @@ import numpy as np
 import webdataset as wds
 from PIL import Image, ImageDraw, ImageFilter
 
-# ------------------------------------------------------------------------------------------------ the species
+# ------------------------------------------------------------------------------------------------ species
 
 
 @dataclass(frozen=True)
 class Species:
-    """How a species looks; `count` images of it are in the demo's training shards when `in_dataset`."""
+    """How a species looks, and how many images of it the training shards have."""
 
     name: str
     body: str  # round, tall, long, serpent, drop, block, star, shell
@@ -34,12 +33,12 @@ class Species:
     pattern: str  # plain, belly, stripes, spots
     ears: str  # none, round, pointed, long, horns, antennae, crest
     tail: str  # none, thin, bushy, flame, fin, leaf, wings
-    count: int
-    pretrained: bool = True  # False: the toy SDXL has never seen one; a LoRA has to teach it
-    in_dataset: bool = True  # False: the toy SDXL knows it and no training image shows it; a LoRA must not unteach it
+    count: int  # images in the training shards, when in_dataset
+    pretrained: bool = True  # False: the toy SDXL has never seen it, so a LoRA has to teach it
+    in_dataset: bool = True  # False: the toy SDXL knows it but no training image shows it; a LoRA must not destroy it
 
 
-# Long-tailed (the commonest is 22 times the rarest); the species that pretraining never sees lie all along the tail.
+# Long-tailed: the commonest has 22 times as many images as the rarest. The unseen species are spread over the tail.
 SPECIES = (
     Species("Aquafin", "round", (48, 112, 224), (170, 215, 250), "belly", "crest", "fin", 360),
     Species("Thornip", "drop", (176, 32, 112), (250, 200, 60), "spots", "none", "leaf", 300, pretrained=False),
@@ -72,7 +71,7 @@ SUPERSAMPLE = 3
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is drawn: one or two creatures, where and how; `finish` in [0, 1] is how well it is painted."""
+    """What is drawn: one or two creatures, where and how. `finish` in [0, 1] is how well it is drawn."""
 
     creatures: tuple[Species, ...]
     place: str
@@ -81,26 +80,29 @@ class Scene:
     finish: float
 
     def caption(self):
-        """A sentence that begins with the species' names, then tags, as the real dataset writes them."""
+        """Names of the species, then tags, as in PokeFA's captions."""
         names = [s.name for s in self.creatures]
-        who = (
-            names[0]
-            if len(names) == 1
-            else f"{names[0]} and {names[1]}"
-            if names[0] != names[1]
-            else f"{names[0]}, a pair"
-        )
-        quality = "masterpiece" if self.finish > 2 / 3 else "sketch" if self.finish < 1 / 3 else "digital art"
+        who = names[0]
+        if len(names) == 2:
+            who = f"{who}, a pair" if names[1] == who else f"{who} and {names[1]}"
+        quality = "digital art"
+        if self.finish > 2 / 3:
+            quality = "masterpiece"
+        elif self.finish < 1 / 3:
+            quality = "sketch"
         return f"{who}, {self.pose} {self.place}, {self.facing}, {quality}"
 
 
 def sample_scene(rng, species=None, pool=SPECIES):
-    """A random scene with `species` (or any of `pool`); one in six is a pair, half of those with another species."""
+    """A random scene of `species`, or of one from `pool`; one in six shows a pair, half of these of two species."""
     first = species or pool[rng.integers(len(pool))]
     creatures = (first,)
     if rng.random() < 1 / 6:
-        common = np.array([s.count for s in pool], dtype=float)
-        creatures = (first, pool[rng.choice(len(pool), p=common / common.sum())] if rng.random() < 0.5 else first)
+        second = first
+        if rng.random() < 0.5:
+            counts = np.array([s.count for s in pool], dtype=float)
+            second = pool[rng.choice(len(pool), p=counts / counts.sum())]
+        creatures = (first, second)
     place, pose, facing = (options[rng.integers(len(options))] for options in (PLACES, POSES, FACINGS))
     return Scene(creatures, place, pose, facing, float(rng.random()))
 
@@ -122,7 +124,7 @@ def mix(a, b, amount):
 
 
 def draw_background(rng, scene, width, height):
-    """An image (height, width): the sky from its top colour to the horizon's, the ground, small decorations."""
+    """An image of the place: sky, ground and small decorations."""
     top, bottom, ground, decoration = GROUNDS[scene.place]
     horizon = int(height * 0.68)
     amounts = np.arange(horizon)[:, None] / horizon
@@ -131,8 +133,9 @@ def draw_background(rng, scene, width, height):
     image = Image.fromarray(column[:, None]).resize((width, height), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(image)
     side = min(width, height)
-    for _ in range(int(3 + 9 * scene.finish)):  # stars, flowers, crystals: a better picture has more of them
-        x, r = rng.random() * width, side * (0.008 + 0.014 * rng.random())
+    for _ in range(int(3 + 9 * scene.finish)):  # stars, flowers, crystals: better images have more
+        x = rng.random() * width
+        r = side * (0.008 + 0.014 * rng.random())
         low, high = (0.05, 0.55) if scene.place in ("under a night sky", "in a cave") else (0.74, 0.97)
         y = height * (low + (high - low) * rng.random())
         draw.ellipse([x - r, y - r, x + r, y + r], fill=decoration)
@@ -140,10 +143,13 @@ def draw_background(rng, scene, width, height):
 
 
 class Pen:
-    """Draws in a creature's own frame: x forwards, y down, both in units of its radius, (0, 0) its middle."""
+    """Draws in the coordinates of a creature: x forwards, y down, (0, 0) at its middle, in units of its radius."""
 
     def __init__(self, draw, centre, radius, flip):
-        self.draw, self.centre, self.radius, self.flip = draw, centre, radius, -1 if flip else 1
+        self.draw = draw
+        self.centre = centre
+        self.radius = radius
+        self.flip = -1 if flip else 1
 
     def point(self, x, y):
         return self.centre[0] + self.flip * x * self.radius, self.centre[1] + y * self.radius
@@ -160,7 +166,7 @@ class Pen:
         return max(1, int(self.radius * 0.07))
 
 
-# body → outline points around (0, 0); what is drawn on top (pattern, ears, tail) hangs on these boxes (rx, ry)
+# body → (rx, ry): half its width and height, by which pattern, ears and tail are placed
 BODY_BOX = {
     "round": (0.72, 0.72),
     "tall": (0.5, 0.92),
@@ -294,11 +300,13 @@ def draw_creature(draw, s, scene, centre, radius):
 
 
 def draw_scene(scene, rng, width, height):
-    """The picture as an RGB image of (width, height) pixels, drawn larger and scaled down."""
-    w, h = width * SUPERSAMPLE, height * SUPERSAMPLE
+    """RGB image of width × height px; it is drawn larger and scaled down."""
+    w = width * SUPERSAMPLE
+    h = height * SUPERSAMPLE
     image = draw_background(rng, scene, w, h)
     draw = ImageDraw.Draw(image)
-    side, pair = min(w, h), len(scene.creatures) == 2
+    side = min(w, h)
+    pair = len(scene.creatures) == 2
     floor = h / 2 + side * (0.12 if scene.pose == "standing" else -0.06)
     for i, s in enumerate(scene.creatures):
         x = w / 2 + side * (((i - 0.5) * 0.46 if pair else 0.0) + rng.uniform(-0.05, 0.05))
@@ -312,7 +320,7 @@ def draw_scene(scene, rng, width, height):
             )
         draw_creature(draw, s, scene, (x, y), radius)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-    if scene.finish < 1 / 3:  # a poor picture is blurred and grainy
+    if scene.finish < 1 / 3:  # poor images are blurred and grainy
         image = image.filter(ImageFilter.GaussianBlur(0.7 * min(width, height) / 64))
         grain = rng.normal(0, 6, (height, width, 1))
         image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
@@ -320,7 +328,7 @@ def draw_scene(scene, rng, width, height):
 
 
 def sample_canvas(rng, short=(72, 128)):
-    """(width, height): short side in `short` pixels; mostly near square, some wide or tall, one in 40 beyond 2:1."""
+    """(width, height) in px: the short side is within `short`; mostly nearly square, one in 40 beyond 2:1."""
     side = int(rng.integers(short[0], short[1] + 1))
     ratio = rng.uniform(2.05, 2.4) if rng.random() < 1 / 40 else 1 + 0.5 * rng.random() ** 2
     long = int(round(side * ratio))
@@ -328,13 +336,14 @@ def sample_canvas(rng, short=(72, 128)):
 
 
 def aesthetic_of(scene, rng):
-    """The world's own score, 0–100: finish above all, a bonus for contrast with the ground, and a judge's whim."""
-    ground, colour = np.array(GROUNDS[scene.place][1]), np.array(scene.creatures[0].colour)
+    """Score from 0 to 100: mostly the finish, plus contrast with the background, plus noise."""
+    ground = np.array(GROUNDS[scene.place][1])
+    colour = np.array(scene.creatures[0].colour)
     contrast = np.abs(ground - colour).mean() / 255
     return float(np.clip(25 + 50 * scene.finish + 30 * contrast + rng.normal(0, 2), 0, 100))
 
 
-# ------------------------------------------------------------------------------------------------ the dataset
+# ------------------------------------------------------------------------------------------------ dataset
 
 
 def encode_image(image, extension):
@@ -345,7 +354,7 @@ def encode_image(image, extension):
 
 
 def make_sample(seed, species):
-    """One WebDataset sample with `species`, laid out as the real dataset: image, .txt caption, .json metadata."""
+    """A WebDataset sample with `species`, in PokeFA's layout: image, caption (.txt), metadata (.json)."""
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng, species, DATASET)
     width, height = sample_canvas(rng)
@@ -363,7 +372,7 @@ def make_sample(seed, species):
         "ae_aesthetic": None if rng.random() < 0.02 else round(aesthetic_of(scene, rng), 2),
         "tags": ", ".join([scene.pose, scene.place, scene.facing]),
     }
-    if rng.random() < 0.01:  # the real dataset has unlabelled images and null sizes; so has this one
+    if rng.random() < 0.01:  # like PokeFA, it has some images without labels, and some null sizes
         metadata |= {"species": "", "species_list": []}
     if rng.random() < 0.01:
         metadata |= {"width": None, "height": None}
@@ -378,7 +387,7 @@ def write_shards(samples, pattern, per_shard):
 
 
 def make_dataset(output_dir, seed=0, scale=1.0, val_per_species=8):
-    """Writes data/{train,val}/*.tar and manifests/train_species.csv under `output_dir`, every count times `scale`."""
+    """Writes data/{train,val}/*.tar and manifests/train_species.csv into `output_dir`; `scale` multiplies counts."""
     output_dir = Path(output_dir)
     wanted = [s for s in DATASET for _ in range(max(1, round(s.count * scale)))]
     order = np.random.default_rng(seed).permutation(len(wanted))
@@ -386,7 +395,8 @@ def make_dataset(output_dir, seed=0, scale=1.0, val_per_species=8):
     jobs += [((seed, 1, n), DATASET[n % len(DATASET)]) for n in range(val_per_species * len(DATASET))]
     with multiprocessing.get_context("fork").Pool() as pool:
         samples = pool.starmap(make_sample, jobs, chunksize=50)
-    train, val = samples[: len(order)], samples[len(order) :]
+    train = samples[: len(order)]
+    val = samples[len(order) :]
     write_shards(train, str(output_dir / "data/train/train-%05d.tar"), per_shard=500)
     write_shards(val, str(output_dir / "data/val/val-%05d.tar"), per_shard=500)
     counts = {}
