@@ -386,7 +386,8 @@ def make_absolute(value):
 def given_flags(parser, words):
     """{flag: value} given on a command line or in its --config, without defaults, with absolute paths."""
     for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
+        action.default = argparse.SUPPRESS
+        action.required = False
     flags = vars(parser.parse_args(words))
     flags.pop("config", None)
     return {name: make_absolute(value) for name, value in flags.items()}
@@ -1221,7 +1222,8 @@ def main(argv=None):
     """Returns the exit status: 0 when the study is complete or a scheduler stopped it, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
-    logger.handlers, logger.propagate = [logging.StreamHandler()], False
+    logger.handlers = [logging.StreamHandler()]
+    logger.propagate = False
     logger.setLevel(logging.INFO)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

@@ -775,7 +775,11 @@ class SamplePlan:
 
     def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None, samples=None):
         bucket_count = max(1, len(index.bucket_sizes))
-        self.index, self.mix, self.choice, self.seed, self.global_batch = index, mix, choice, seed, global_batch
+        self.index = index
+        self.mix = mix
+        self.choice = choice
+        self.seed = seed
+        self.global_batch = global_batch
         self.step = step
         self.samples = step * global_batch if samples is None else samples  # delivered so far
         self.cursors = [list(cursor) for cursor in cursors or [(0, 0)] * bucket_count]  # [epoch, position]
@@ -943,12 +947,6 @@ def scale_aesthetic(value, scale):
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
-def load_items(dataset, requests):
-    """The items of a batch; of remote shards they are read at the same time."""
-    with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, dataset.index.stamps)) else 1) as pool:
-        return list(pool.map(dataset.__getitem__, requests))
-
-
 class ImageDataset:
     """Decoded, cropped samples. An item is requested by (row, label, step, position in the run's global order)."""
 
@@ -1045,9 +1043,8 @@ class ImageDataset:
             except ValueError as error:
                 damage.append({"shard": row["path"], "key": row["key"], "reason": str(error)})
             tried.append(self.replacement(i, label, tried, same_bucket))
-        raise ValueError(
-            "{shard}: {n} damaged images in a row, first {key}".format(n=MAX_DAMAGED_IN_A_ROW, **damage[0])
-        )
+        shard, key = damage[0]["shard"], damage[0]["key"]
+        raise ValueError(f"{shard}: {MAX_DAMAGED_IN_A_ROW} damaged images in a row, first {key}")
 
     def make_item(self, request, load, same_bucket=False):
         """What load(row, bucket, step) returns for the requested row or its replacement, with the other fields."""
@@ -1070,15 +1067,19 @@ class ImageDataset:
         return self.make_item(request, self.load)
 
     def __getitems__(self, requests):
-        return load_items(self, requests)
+        """The items of a batch; of remote shards they are read at the same time."""
+        with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, self.index.stamps)) else 1) as pool:
+            return list(pool.map(self.__getitem__, requests))
 
 
 class EncodedDataset:
     """An ImageDataset with cached `latents` instead of pixels, cached text `embeddings`, or both."""
 
     def __init__(self, images, latents=None, embeddings=None):
-        self.images, self.latents, self.embeddings = images, latents, embeddings
+        self.images = images
         self.index = images.index
+        self.latents = latents
+        self.embeddings = embeddings
 
     def load(self, row, bucket, step):
         if self.latents is not None:
@@ -1093,8 +1094,7 @@ class EncodedDataset:
         # latents have the shape of their own bucket
         return self.images.make_item(request, self.load, same_bucket=self.latents is not None)
 
-    def __getitems__(self, requests):
-        return load_items(self, requests)
+    __getitems__ = ImageDataset.__getitems__
 
 
 def collate(samples):

@@ -51,7 +51,7 @@ MUTANTS = [
         "lambda x: 0 <= x <= 1,", "lambda x: 0 <= x <= 2,"),
     Mutant("old checkpoints are not in the way", TRAINER, "arguments train",
         "if not resume and not args.overwrite_output_dir and data.list_checkpoints(output_dir)", "if False"),
-    Mutant("early flag errors only after the imports", TRAINER, "shape process",
+    Mutant("early flag errors only after the imports", TRAINER, "start",
         "    parse_args()\n    launcher_pid", "    launcher_pid"),
     # Models and LoRA
     Mutant("LoRA is not scaled", TRAINER, "models",
@@ -288,7 +288,7 @@ def make_copy(folder):
 def run_tests(folder, names, workers=0, timeout=TIMEOUT):
     """(passed, the first failure or "", seconds) of the test files tests/test_NAME.py of the copy in `folder`."""
     files = [f"tests/test_{name}.py" for name in names.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *files]
     command += ["-n", str(workers), "-m", "not slow and not sagemaker and not gpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     started = time.monotonic()

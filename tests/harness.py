@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 SDXL = ROOT / "demo" / "sdxl"
-# what the functions of the data room need of an Accelerator that is the only process
+# what section 3 of the trainer needs of an Accelerator, for a single process
 ALONE = SimpleNamespace(
     process_index=0,
     num_processes=1,

@@ -162,12 +162,12 @@ def test_the_number_of_workers_comes_from_the_machine(parse, monkeypatch):
     assert parse("").dataloader_num_workers == 3
 
 
-def test_groups_are_the_rooms_in_order():
+def test_groups_follow_the_sections():
     titles = [
         group.title for group in make_parser()._action_groups if group.title not in ("positional arguments", "options")
     ]
-    rooms = ["Models and LoRA", "Data", "Encoding", "Loss", "Optimizer", "Checkpoints", "Validation", "Run"]
-    assert titles == rooms
+    sections = ["Models and LoRA", "Data", "Encoding", "Loss", "Optimizer", "Checkpoints", "Validation", "Run"]
+    assert titles == sections
 
 
 def test_every_flag_has_a_help_and_every_boolean_a_no():
