@@ -49,14 +49,14 @@ def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_
     assert progress["samples"] == 24
 
 
-def test_another_base_model_is_refused(flags, own_run, tmp_path):
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_another_base_model_is_refused(flags, own_run, tmp_path, part):
     import safetensors.torch
 
     other = tmp_path / "other"
     shutil.copytree(flags[1], other)
-    weights = next((other / "unet").glob("*.safetensors"))
-    tensors = safetensors.torch.load_file(weights)
-    tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+    weights = next((other / part).glob("*.safetensors"))
+    tensors = {name: tensor + 1 for name, tensor in safetensors.torch.load_file(weights).items()}
     safetensors.torch.save_file(tensors, weights, {"format": "pt"})
     argv = [*flags, "--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", other]
     refused = run_trainer(argv, own_run)
