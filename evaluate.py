@@ -92,7 +92,7 @@ POKEFA_PROMPTS = [
 
 
 def parse_prompt(line, number):
-    """Prompt of a line of JSON. Errors: ValueError naming the field."""
+    """Returns the Prompt of a line of JSON. Errors: ValueError naming the field."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,7 +112,7 @@ def parse_prompt(line, number):
 
 
 def read_prompts(path=None):
-    """[Prompt] of a JSONL file, or the default prompts. Errors: ValueError naming the line."""
+    """Returns the prompts of a JSONL file, or the default ones. Errors: ValueError naming the line."""
     if path is None:
         return [Prompt(id, text, text, species, tuple(tags.split(", "))) for id, species, tags, text in POKEFA_PROMPTS]
     prompts = []
@@ -141,7 +141,7 @@ class Model:
 
 
 def find_lora(path):
-    """LoRA file that `path` means: the file itself, or the one in a run or checkpoint. Errors: ValueError."""
+    """Returns the LoRA file of a path: the file itself, or that of a run or a checkpoint. Errors: ValueError."""
     path = Path(path).expanduser()
     file = path / sdxl_data.LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -150,7 +150,7 @@ def find_lora(path):
 
 
 def list_models(args):
-    """[Model]: the base model, each --lora, each checkpoint of --checkpoints. Errors: ValueError."""
+    """Returns the base model, and one Model for each --lora and checkpoint. Errors: ValueError."""
     refiner_lora = find_lora(args.refiner_lora) if args.refiner_lora else None
     models = {"base model": Model("base model")}
 
@@ -236,7 +236,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The checked flags, read-only from here on."""
+    """Returns the checked flags. They are read-only from here on."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("resolution", "num_inference_steps", "batch_size"):
@@ -310,7 +310,7 @@ class Job:
 
 
 def hash_file(path):
-    """SHA-256 of a file, or None without one."""
+    """Returns the SHA-256 of a file, or None if `path` is None."""
     if path is None:
         return None
     with open(path, "rb") as file:
@@ -318,7 +318,7 @@ def hash_file(path):
 
 
 def short_hash(*parts):
-    """12 hex digits that change with the values."""
+    """Returns 12 hex digits, a hash of the values."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -332,7 +332,7 @@ IMAGE_FLAGS = """pretrained_model_name_or_path revision variant lora_scale refin
 
 
 def list_jobs(args, models, prompts):
-    """[Job]: models, in each prompts, in each seeds. The path changes with anything that changes the image."""
+    """Returns a Job for each model, prompt and seed. Its path changes with everything that changes the image."""
     folder = Path(args.images_dir or Path(args.output_dir) / "images")
     jobs = []
     for model in models:
@@ -348,12 +348,12 @@ def list_jobs(args, models, prompts):
 
 
 def noise_seed(prompt, seed):
-    """Seed of an image's CPU noise; it depends on the prompt's id and the seed only."""
+    """Returns the seed of an image's noise. It depends only on the prompt's id and the seed."""
     return sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)
 
 
 class ImageGenerator:
-    """The stock pipelines, base and optional refiner, with the LoRAs of one model at a time."""
+    """diffusers' own pipelines, base and optional refiner, with the LoRAs of one model at a time."""
 
     def __init__(self, args, device):
         self.args = args
@@ -374,7 +374,7 @@ class ImageGenerator:
         return base.to(self.device)
 
     def load_refiner(self):
-        """The refiner's UNet with the base's VAE, scheduler and second text encoder."""
+        """Returns the refiner's pipeline. It shares all parts but the UNet with the base's."""
         folder = None if (Path(self.args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
         load = UNet2DConditionModel.from_pretrained
         unet = trainer.load_part(self.args, load, folder, "--refiner_unet", **self.options)
@@ -418,7 +418,7 @@ class ImageGenerator:
             raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
 
     def generate(self, prompts, seeds):
-        """[PIL image] of the prompts, each from its own CPU noise."""
+        """Returns a PIL image for each prompt and seed. Its noise is made on the CPU."""
         args = self.args
         texts = [prompt.prompt for prompt in prompts]
         side = args.resolution // self.base.vae_scale_factor
@@ -446,7 +446,7 @@ class ImageGenerator:
 
     @torch.no_grad()
     def decode(self, latents):
-        """[PIL image] of (B, 4, H/8, W/8) latents."""
+        """Returns PIL images of (B, 4, H/8, W/8) latents."""
         vae = self.base.vae
         pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
         return self.base.image_processor.postprocess(pixels, output_type="pil")
@@ -504,19 +504,19 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images):
-        """(n, D) float32 unit vectors of PIL images."""
+        """Returns (n, D) float32 unit vectors of PIL images."""
         pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
         return self.model.encode_image(pixels.to(self.device), normalize=True).float().cpu().numpy()
 
     @torch.no_grad()
     def embed_texts(self, texts):
-        """(n, D) float32 unit vectors."""
+        """Returns (n, D) float32 unit vectors of texts."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
 
 
 def load_head_layers(path):
-    """[(weight, bias)] of an aesthetic head, without unpickling code. Errors: InputError."""
+    """Returns [(weight, bias)] of an aesthetic head; code in the file is not executed. Errors: InputError."""
     try:
         if str(path).startswith("http"):
             tensors = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
@@ -534,7 +534,7 @@ def load_head_layers(path):
 
 
 def load_aesthetic_head(path, width):
-    """Function (n, width) unit vectors → (n,) scores of about 1 to 10: LAION's linear head or its MLP.
+    """Returns a function from (n, width) unit vectors to (n,) scores of about 1 to 10: LAION's linear head or MLP.
 
     The MLP has no activations between its layers (github.com/christophschuhmann/improved-aesthetic-predictor). Errors:
     InputError when the file does not load or its layers do not fit.
@@ -556,7 +556,7 @@ def load_aesthetic_head(path, width):
 
 
 def embed_files(state, clip_name, flag, paths):
-    """(n, D) embeddings of image files, saved beside them; the processes share the work and all get the result."""
+    """Returns (n, D) embeddings of image files on every process. They share the work and cache the results."""
     saved = [path.with_suffix(f".{short_hash(clip_name)}.npy") for path in paths]
     missing = [(path, file) for path, file in zip(paths, saved) if not file.exists()]
     mine = missing[state.process_index :: state.num_processes]
@@ -575,7 +575,7 @@ def embed_files(state, clip_name, flag, paths):
 
 # Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
 def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
-    """{"adherence", "aesthetic", "score"}: (n,) each, of images by their (n, D) embeddings by `clip`.
+    """Returns {"adherence", "aesthetic", "score"}, (n,) each, of images whose `embeddings` by `clip` are (n, D).
 
     Adherence is the cosine similarity of image and `prompts[i].clip_prompt`. `aesthetic` holds the (n,) scores of the
     aesthetic head; if it is None, the score is the adherence.
@@ -590,12 +590,12 @@ def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
 
 
 def name_species(embeddings, species, clip, template="{}"):
-    """(n,) index into `species` of the name that CLIP finds most similar (zero-shot)."""
+    """Returns, for each image, the index into `species` of the name that CLIP finds most similar, (n,)."""
     return (embeddings @ clip.embed_texts([template.format(name) for name in species]).T).argmax(axis=1)
 
 
 def diversity_of(embeddings):
-    """Mean cosine distance of all pairs among (n, D) images of one prompt; NaN for fewer than two."""
+    """Returns the mean cosine distance between (n, D) images of a prompt; NaN for fewer than two images."""
     if len(embeddings) < 2:
         return math.nan
     pairs = np.triu_indices(len(embeddings), 1)
@@ -606,10 +606,10 @@ def diversity_of(embeddings):
 
 
 def make_thumbnails(image):
-    """(3, F) float32 unit vectors, F = 3 · THUMBNAIL²: start, middle and end of the long side, less their means.
+    """Returns (3, F) float32 unit vectors: small squares at the start, middle and end of the image's long side.
 
-    Their product is a correlation. CLIP cannot tell a copy from another image of the same things; this can, unless
-    the copy is cropped differently.
+    F is 3 · THUMBNAIL². The mean is subtracted, so the product of two is their correlation. It tells a copy from
+    another image of the same subject, which CLIP cannot, unless the copy is cropped differently.
     """
     side = min(image.size)
     image = image.convert("RGB")
@@ -625,14 +625,14 @@ def make_thumbnails(image):
 
 
 def mirror_thumbnails(thumbnails):
-    """The (…, F) thumbnails of the mirrored images."""
+    """Returns the (…, F) thumbnails of the mirrored images."""
     shape = (*thumbnails.shape[:-1], THUMBNAIL, THUMBNAIL, 3)
     return thumbnails.reshape(shape)[..., ::-1, :].reshape(thumbnails.shape)
 
 
 @dataclass
 class Reference:
-    """Images of shards: name "SHARD KEY", place (shard, offset, size), and what images are compared by."""
+    """Images of shards: name "SHARD KEY", place (shard, offset, size), embeddings and thumbnails."""
 
     names: list
     places: list
@@ -641,7 +641,7 @@ class Reference:
 
 
 def embed_samples(samples, clip, quiet):
-    """[(name, place, embedding, thumbnails)] of the usable images among [(shard, index row)]."""
+    """Returns [(name, place, embedding, thumbnails)] of the usable images among [(shard, index row)]."""
     found = []
     for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
         rows = []
@@ -669,7 +669,7 @@ def write_reference(path, found):
 
 
 def embed_shards(state, args, shards):
-    """Reference of all usable images in `shards`, cached in --output_dir; the processes share the work."""
+    """Returns the Reference of all usable images in `shards`, cached in --output_dir. Processes share the work."""
     opened = [sdxl_data.Shard(path, args.cache_dir or args.output_dir) for path in sdxl_data.expand_shards(shards)]
     stamps = [(shard.path, shard.stamp) for shard in opened]
     cached = Path(args.output_dir) / f"shards-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
@@ -690,10 +690,10 @@ def embed_shards(state, args, shards):
 
 
 def find_nearest(vectors, reference, itself=False):
-    """(similarity (n,), index (n,)) of the nearest of `reference` (m, views, F) to each of `vectors` (n, views', F).
+    """Returns (similarity, index), (n,) each, of the image in `reference` (m, views, F) nearest to each of `vectors`.
 
-    The similarity of two images is that of their most similar views. With `itself`, both are the same images, and no
-    image is compared with itself.
+    `vectors` is (n, views, F). The similarity of two images is that of their most similar views. With `itself`, both
+    are the same images, and no image is compared with itself.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []
@@ -709,9 +709,9 @@ def find_nearest(vectors, reference, itself=False):
 
 
 def compare_with_training(embeddings, thumbnails, reference, itself=False):
-    """{"nearest_similarity", "copy_similarity", "nearest"}: (n,) each, of (n, D) and (n, F) of square images.
+    """Returns {"nearest_similarity", "copy_similarity", "nearest"}, (n,) each, of n square images.
 
-    By CLIP and by correlation of thumbnails, also mirrored; "nearest" is the index by the latter.
+    The first is by CLIP. The second is the correlation of thumbnails, also mirrored; "nearest" is the index by it.
     """
     similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
     both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)
@@ -720,7 +720,7 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
 
 
 def describe_held_out(held_out, reference):
-    """How similar held-out images are to training images; one more similar than "copy_limit" counts as a copy."""
+    """Returns how similar held-out images are to training images. Images beyond "copy_limit" count as copies."""
     middles = held_out.thumbnails[:, 1]
     found = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
     return {
@@ -733,7 +733,7 @@ def describe_held_out(held_out, reference):
 
 @dataclass
 class Scores:
-    """What is known of the images of all jobs."""
+    """The scores of the images of all jobs."""
 
     rows: list  # what per_image.csv holds
     embeddings: np.ndarray  # (models, prompts, seeds, D)
@@ -746,14 +746,14 @@ def list_species(prompts):
 
 
 def add_species(rows, named):
-    """Adds the species that CLIP names, and whether that is right, where the prompt has a species."""
+    """Adds the species that CLIP names, and whether it is right, to rows whose prompt has a species."""
     for row, name in zip(rows, named):
         row["named"] = name if row["species"] else None
         row["right"] = name == row["species"] if row["species"] else None
 
 
 def add_copies(rows, found, reference, limit):
-    """Adds the similarity to training images, from compare_with_training."""
+    """Adds the results of compare_with_training to the rows."""
     is_copy = found["copy_similarity"] > limit
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])
@@ -763,7 +763,7 @@ def add_copies(rows, found, reference, limit):
 
 
 def score_all(args, state, models, prompts, jobs):
-    """Scores of the images of all jobs, on the main process; None on the others."""
+    """Scores the images of all jobs. Returns Scores on the main process and None on the others."""
     paths = [job.path for job in jobs]
     embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
     aesthetic = None
@@ -804,7 +804,7 @@ def score_all(args, state, models, prompts, jobs):
 
 
 def bootstrap(values, groups):
-    """{"mean", "low", "high", "count"}: 95 % interval of the mean; whole groups (prompts) are resampled."""
+    """Returns {"mean", "low", "high", "count"}, a 95 % interval of the mean; prompts are resampled as a whole."""
     values = np.asarray(values, dtype=np.float64)
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(codes, weights=values)
@@ -827,7 +827,7 @@ METRICS = {
 
 
 def summarise(models, rows):
-    """{model: {metric: bootstrap, "vs_base": {metric: bootstrap of the paired difference}}} of per-image rows."""
+    """Returns {model: {metric: interval, "vs_base": {metric: interval of the paired difference}}}."""
     of_base = {(row["prompt_id"], row["seed"]): row for row in rows if row["model"] == models[0].name}
     summary = {}
     for model in models:
@@ -849,7 +849,7 @@ def summarise(models, rows):
 
 
 def add_diversity(summary, prompts, embeddings):
-    """Adds "diversity" to the summary of all models: the mean distance between the images of a prompt."""
+    """Adds "diversity", the mean distance between the images of a prompt, to the summary of each model."""
     ids = [prompt.id for prompt in prompts]
     values = [[diversity_of(images) for images in of_model] for of_model in embeddings]
     if any(map(math.isnan, values[0])):  # there is one seed only
@@ -866,7 +866,7 @@ def versions():
 
 
 def make_metrics(args, models, prompts, scores):
-    """What metrics.json holds."""
+    """Returns the contents of metrics.json."""
     summary = summarise(models, scores.rows)
     add_diversity(summary, prompts, scores.embeddings)
     for entry in summary.values():
@@ -956,7 +956,7 @@ SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(-
 
 
 def render_page(body, title, **values):
-    """An HTML page; `body` is Jinja2 source that may use `title` and `values`.
+    """Returns an HTML page. `body` is Jinja2 source that may use `title` and `values`.
 
     Values are escaped unless they are Markup. Errors: jinja2.UndefinedError for a name without a value.
     """
@@ -971,7 +971,7 @@ def render_page(body, title, **values):
 
 
 def figure_svg(figure, label):
-    """Markup of a matplotlib Figure as inline SVG, as wide as the space it is given; screen readers read the label."""
+    """Returns a matplotlib Figure as inline SVG that fills the available width; screen readers read the label."""
     encoded = io.StringIO()
     # No date and a fixed salt: equal figures give equal text. Text stays text, so that fonts come from the page.
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -993,7 +993,7 @@ def figure_svg(figure, label):
 
 
 def data_uri(image, side=None):
-    """The image as text for a page, at most `side` px wide and high; a smaller one is not enlarged."""
+    """Returns the image as a data URI, scaled down to at most `side` px."""
     image = image.convert("RGB")
     if side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -1083,7 +1083,7 @@ Their CLIP similarity is {{ "%.3f" % held_out.nearest_similarity }}.</p>
 
 
 def format_interval(interval, metric, signed=False):
-    """Markup of a mean and its interval; shares are in percent."""
+    """Returns the Markup of a mean and its interval. Shares are in percent."""
     is_share = metric in ("right", "copy")
     scale = 100 if is_share else 1
     unit = " %" if is_share else ""
@@ -1093,7 +1093,7 @@ def format_interval(interval, metric, signed=False):
 
 
 def plot_over_steps(models, summary, metric):
-    """Figure of a metric over the checkpoints' steps: mean, 95 % interval, and the base model as a dashed line."""
+    """Returns a Figure of a metric over the checkpoints' steps, with intervals and the base model as a dashed line."""
     steps = [model.step for model in models if model.step is not None]
     entries = [summary[model.name][metric] for model in models if model.step is not None]
     mean, low, high = ([entry[key] for entry in entries] for key in ("mean", "low", "high"))
@@ -1113,7 +1113,7 @@ def plot_over_steps(models, summary, metric):
 
 
 def first_of_each(rows, group_of, count):
-    """The first row of each group, at most `count`: repeating an image tells nothing new."""
+    """Returns the first row of each group, at most `count`, so that no image is shown twice."""
     groups = {}
     for row in rows:
         groups.setdefault(group_of(row), row)
@@ -1121,7 +1121,7 @@ def first_of_each(rows, group_of, count):
 
 
 def find_copies(args, rows, reference, count=8):
-    """[(row, data URI of the training image)] of the images most similar to one."""
+    """Returns [(row, data URI of the training image)] of the images that are most similar to one."""
     ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
     copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
@@ -1204,7 +1204,7 @@ def report_to_wandb(args, rows, summary):
 
 
 def set_up_logging(is_main_process):
-    """Only the main process logs, and libraries keep quiet."""
+    """Makes only the main process log, and silences the libraries."""
     logger.handlers = [logging.StreamHandler()]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
@@ -1222,7 +1222,7 @@ def log_summary(summary):
 
 
 def main(argv=None):
-    """Generates the images, scores them and writes the report; returns what metrics.json holds."""
+    """Generates the images, scores them and writes the report. Returns the contents of metrics.json."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=trainer.GROUP_TIMEOUT)])

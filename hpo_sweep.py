@@ -109,13 +109,13 @@ def make_parser():
 
 
 def split_words(argv):
-    """(words before --, words after)."""
+    """Returns (words before --, words after it)."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
 
 def read_yaml(flag, path):
-    """The mapping in a YAML file. Errors: InputError that names the flag."""
+    """Returns the mapping in a YAML file. Errors: InputError that names the flag."""
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -126,7 +126,7 @@ def read_yaml(flag, path):
 
 
 def parse_own_flags(argv):
-    """(the sweep's own flags, checked; the words after --)."""
+    """Returns (the sweep's own flags, checked; the words after --)."""
     own, words = split_words(argv)
     parser = make_parser()
     args = parser.parse_args(own)
@@ -152,7 +152,7 @@ def parse_own_flags(argv):
 
 
 class Stop:
-    """The stop signal that this process received, if any: truthy once there is one."""
+    """The stop signal that this process received. It is true once a signal has come."""
 
     def __init__(self):
         self.number = None
@@ -217,7 +217,7 @@ class Parameter:
     when: tuple = ()  # ((flag, value), …)
 
     def describe(self):
-        """{field: value} for the study's signature, without fields that are not set."""
+        """Returns {field: value} for the study's signature, without fields that are not set."""
         fields = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         fields["when"] = list(self.when)
         return fields
@@ -227,7 +227,7 @@ class Parameter:
 
     @property
     def stored_as_json(self):
-        """Whether the choices are stored as JSON, because Optuna itself stores only numbers, strings and booleans."""
+        """Whether choices are stored as JSON: Optuna itself stores only numbers, strings and booleans."""
         return not all(isinstance(choice, (bool, int, float, str)) for choice in self.choices)
 
     def suggest(self, trial):
@@ -240,7 +240,7 @@ class Parameter:
         return trial.suggest_float(self.flag, self.low, self.high, log=self.log)
 
     def corners(self):
-        """All choices, or both ends of the range: if the trainer accepts these, it accepts every value."""
+        """Returns all choices, or both ends of the range. If the trainer accepts these, it accepts every value."""
         if self.choices:
             return list(self.choices)
         if self.whole:
@@ -249,7 +249,7 @@ class Parameter:
 
 
 def read_parameter(flag, row, whole):
-    """The Parameter that a row of --search_space describes. Errors: ValueError that says what is wrong."""
+    """Returns the Parameter of a row of --search_space. Errors: ValueError that says what is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r}; expected low and high, or choices")
     unknown = set(row) - {"low", "high", "log", "choices", "when"}
@@ -274,7 +274,7 @@ def read_parameter(flag, row, whole):
 
 
 def make_search_space(path, given, trainer_args):
-    """[Parameter], each after those that its `when` names. Errors: InputError that names the file and the flag."""
+    """Returns the Parameters, each after those that its `when` names. Errors: InputError naming file and flag."""
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
     source = f"--search_space: {path or 'the default'}"
     actions = {action.dest: action for action in trainer.make_parser()._actions}
@@ -315,7 +315,7 @@ def corner_values(space):
 
 
 def suggest_flags(trial, sweep):
-    """{flag: value} that the sampler proposes for a trial."""
+    """Returns {flag: value} that the sampler proposes for a trial."""
     fixed = vars(sweep.trainer_args)
     values = {}
     for parameter in sweep.space:
@@ -345,7 +345,7 @@ class Sweep:
 
     @property
     def lock(self):
-        """Held for every decision about who runs which trial. The kernel releases it when a process is killed."""
+        """A lock held while deciding who runs which trial. The kernel releases it when a process is killed."""
         return filelock.FileLock(self.folder / ".lock")
 
     @property
@@ -365,7 +365,7 @@ class Sweep:
         return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
 
     def signature(self):
-        """{name: value} of all that must not change between the commands that work on one study."""
+        """Returns {name: value} of what must be the same in all commands that work on one study."""
         names = ("objective", "trial_steps", "seed", "startup_trials", "pruner", "pruning_warmup")
         signature = {name: getattr(self.args, name) for name in names}
         signature["trainer"] = self.trainer_flags
@@ -375,7 +375,7 @@ class Sweep:
 
 
 def make_absolute(value):
-    """The absolute path for a file or folder that exists; any other value unchanged."""
+    """Returns the absolute path of an existing file or folder, and any other value unchanged."""
     if isinstance(value, list):
         return [make_absolute(item) for item in value]
     if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
@@ -384,7 +384,7 @@ def make_absolute(value):
 
 
 def given_flags(parser, words):
-    """{flag: value} given on a command line or in its --config, without defaults, with absolute paths."""
+    """Returns {flag: value} of the flags that were given, also in --config. Paths are made absolute."""
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
@@ -394,7 +394,7 @@ def given_flags(parser, words):
 
 
 def to_words(flags):
-    """The command line for {flag: value}. True becomes --flag, False --no-flag, and None is left out."""
+    """Returns the command line for {flag: value}. True becomes --flag, False --no-flag; None is left out."""
     words = []
     for name, value in flags.items():
         if value is True:
@@ -409,7 +409,7 @@ def to_words(flags):
 
 
 def make_evaluation(args, trainer_args):
-    """{flag: value} for evaluate.py, the same for every trial. Errors: InputError."""
+    """Returns {flag: value} for evaluate.py, the same for every trial. Errors: InputError."""
     flags = {"resolution": trainer_args.resolution}
     for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
         flags[name] = make_absolute(getattr(trainer_args, name))
@@ -433,7 +433,7 @@ def make_evaluation(args, trainer_args):
 
 
 def refusal_of(flags):
-    """The trainer's error message for these flags, or None when it accepts them."""
+    """Returns the trainer's error message for these flags, or None when it accepts them."""
     with contextlib.redirect_stderr(io.StringIO()) as output:
         try:
             trainer.parse_args(to_words(flags))
@@ -443,7 +443,7 @@ def refusal_of(flags):
 
 
 def parse_args(argv=None):
-    """The Sweep that a command line describes. Every flag passes the checks of the script that will receive it."""
+    """Returns the Sweep of a command line. Every flag passes the checks of the script that will receive it."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args, words = parse_own_flags(argv)
     parser = make_parser()
@@ -489,7 +489,7 @@ def drop_torn_line(journal):
 
 
 def open_study(sweep):
-    """The study, created if it does not exist. Errors: InputError when it was started with other flags."""
+    """Returns the study, creating it if necessary. Errors: InputError when it was started with other flags."""
     storage = sweep.args.storage
     if storage is None:
         journal = sweep.folder / "study.journal"
@@ -515,7 +515,7 @@ def open_study(sweep):
 
 
 def make_sampler(sweep, proposal):
-    """A TPE sampler seeded by --seed and the number of earlier proposals, so that a restart changes nothing."""
+    """Returns a TPE sampler. Its seed depends on --seed and the number of proposals, so a restart changes nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
@@ -536,12 +536,12 @@ def make_pruner(sweep):
 
 
 def worker_id():
-    """ "host pid start" of this process. The start time is needed because pids are reused."""
+    """Returns "host pid start" of this process. The start time is needed because pids are reused."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
 def is_alive(worker, folder):
-    """Whether the worker of a trial still runs. On another machine only its heartbeat file can tell."""
+    """Returns whether the worker of a trial still runs. For another machine, its heartbeat file decides."""
     if worker is None:
         return False
     host, pid, started = worker.split()
@@ -560,12 +560,12 @@ def is_alive(worker, folder):
 
 
 def trial_folder(sweep, trial):
-    """The folder of a trial. A second attempt uses the folder of the first."""
+    """Returns the folder of a trial. A second attempt uses the folder of the first."""
     return sweep.folder / f"trial-{trial.user_attrs.get('retry_of', trial.number):04d}"
 
 
 def trial_flags(sweep, folder, searched):
-    """All flags of a trial, for its trial.yaml."""
+    """Returns all flags of a trial, for its trial.yaml."""
     steps = sweep.args.trial_steps
     defaults = {
         "report_to": "none",
@@ -590,7 +590,7 @@ def write_yaml(path, content):
 
 @contextlib.contextmanager
 def stop_signals():
-    """While this runs, signals set `stop`; afterwards the caller's handlers are back."""
+    """Context manager: signals set `stop`. At the end, the caller's handlers are restored."""
     previous = {number: signal.signal(number, stop.receive) for number in STOP_SIGNALS}
     try:
         yield
@@ -601,7 +601,7 @@ def stop_signals():
 
 
 def die_with_parent():
-    """In a child on Linux: requests SIGTERM for the moment when the sweep dies, even if by SIGKILL."""
+    """Asks Linux, in a child process, to send it SIGTERM when the sweep dies, even by SIGKILL."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -610,7 +610,7 @@ def die_with_parent():
 
 
 def start_child(command, log, variables):
-    """Starts a command with extra environment variables, in its own session: Ctrl-C reaches only the sweep."""
+    """Starts a command with extra environment variables, in its own session, so Ctrl-C reaches only the sweep."""
     environment = dict(os.environ)
     environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
     environment.update(variables)
@@ -653,7 +653,7 @@ def end_leftovers(folder):
 
 
 def launch(sweep, script, words):
-    """The command that runs a script of this project with --processes_per_trial processes, on a free port."""
+    """Returns the command that runs a script with --processes_per_trial processes, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -668,7 +668,7 @@ def launch(sweep, script, words):
 
 
 def take_over_trial(study, sweep):
-    """A trial whose worker is gone, to continue where it stopped; None if there is none."""
+    """Returns a trial whose worker is gone, to continue it where it stopped, or None."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         folder = trial_folder(sweep, frozen)
         if not is_alive(frozen.user_attrs.get("worker"), folder):
@@ -691,7 +691,7 @@ def enqueue_second_attempts(study):
 
 
 def ask_trial(study, sweep):
-    """The next second attempt, or else a new proposal; None when the study has all its trials."""
+    """Returns the next second attempt, or else a new proposal; None when the study has all its trials."""
     enqueue_second_attempts(study)
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     proposals = [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
@@ -702,7 +702,7 @@ def ask_trial(study, sweep):
 
 
 def claim_trial(study, sweep):
-    """(Trial, its folder) for this process to run, or None when nothing is left. Needs the sweep's lock."""
+    """Returns (Trial, its folder) for this process to run, or None when none is left. Needs the sweep's lock."""
     trial = take_over_trial(study, sweep)
     if trial is None:
         trial = ask_trial(study, sweep)
@@ -719,11 +719,11 @@ def claim_trial(study, sweep):
 
 
 class TrialFailed(Exception):
-    """The message is the reason. It begins with "killed" when a process of the trial was ended from outside."""
+    """The reason why a trial failed. It begins with "killed" when one of its processes was ended from outside."""
 
 
 def validation_rows(folder):
-    """[(step, validation loss)] that a run has logged so far, each step once."""
+    """Returns [(step, validation loss)] that a run has logged so far, each step once."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -737,7 +737,7 @@ def validation_rows(folder):
 
 
 def read_log(path):
-    """Text of a log; progress bars overwrite their line with \\r, here each state is a line."""
+    """Returns the text of a log. Progress bars overwrite their line with \r; here each state becomes a line."""
     return path.read_text(errors="replace").replace("\r", "\n")
 
 
@@ -746,7 +746,7 @@ def tail_of(log, lines=LOG_TAIL):
 
 
 def read_reason(log, code):
-    """Why a process failed: its last error message, or else the last line of its log."""
+    """Returns why a process failed: its last error message, or else the last line of its log."""
     text = read_log(log)
     own_errors = r"\w+\.py: error: (.+)"  # first choice, since a launcher adds errors of its own
     any_errors = r".*(?:Error: |OutOfMemory).*"
@@ -787,7 +787,7 @@ def watch(child, folder, on_poll=lambda: None):
 
 
 def child_environment(sweep, **variables):
-    """Environment variables for a child, besides those of this process."""
+    """Returns extra environment variables for a child process."""
     variables["WANDB_RUN_GROUP"] = sweep.args.study_name
     variables["PYTHONWARNINGS"] = "ignore"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -796,7 +796,7 @@ def child_environment(sweep, **variables):
 
 
 def train(sweep, study, trial, folder):
-    """Runs the trainer on trial.yaml. Errors: TrialPruned when the validation loss is poor, and those of `watch`."""
+    """Runs the trainer on trial.yaml. Errors: TrialPruned for a poor validation loss, and those of `watch`."""
     reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
     checked = set(sorted(reported)[:-1])  # the sweep may have died before it could prune at the last reported step
     sign = -1 if sweep.directions[0] == "maximize" else 1  # the pruner compares in the study's direction
@@ -839,7 +839,7 @@ def score_trial(sweep, folder):
 
 
 def read_values(sweep, trial, path):
-    """[value of each objective] in evaluate.py's metrics.json. All its metrics are stored in the trial."""
+    """Returns the value of each objective in metrics.json, and stores all its metrics in the trial."""
     models = json.loads(path.read_text())["models"]
     entry = list(models.values())[-1]  # the first is the base model
     trial.set_user_attr("metrics", {name: entry[name] for name in evaluate.METRICS if name in entry})
@@ -850,7 +850,7 @@ def read_values(sweep, trial, path):
 
 
 def run_trial(sweep, study, trial, folder):
-    """(TrialState, values, reason) of a trial, run from where it stopped. Errors: KeyboardInterrupt after a signal."""
+    """Runs or continues a trial; returns (TrialState, values, reason). Errors: KeyboardInterrupt after a signal."""
     metrics_file = folder / "evaluation/metrics.json"
     try:
         if not metrics_file.exists():  # it exists when the sweep died before it could record the result
@@ -876,7 +876,7 @@ def tell(study, trial, folder, state, values, reason):
 
 
 def ranked(study):
-    """Finished trials, best first. With several objectives, those on the Pareto front come first."""
+    """Returns the finished trials, best first. With several objectives, the Pareto front comes first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(study.directions) == 1:
         sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
@@ -908,13 +908,13 @@ def remove_big_files(study, sweep):
 
 
 def decode_params(sweep, params):
-    """{flag: value} for the trainer, from the values that Optuna stores."""
+    """Returns {flag: value} for the trainer, from the values that Optuna stores."""
     encoded = {parameter.flag for parameter in sweep.space if parameter.stored_as_json}
     return {name: json.loads(value) if name in encoded else value for name, value in params.items()}
 
 
 def validation_losses(trial):
-    """{step: validation loss}. A study that maximizes stores them with a minus sign, see `train`."""
+    """Returns {step: validation loss}. A study that maximizes stores them with a minus sign, see `train`."""
     return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
 
 
@@ -929,7 +929,7 @@ def format_params(params):
 
 
 def write_best_params(study, sweep):
-    """best_params.yaml: the flags after -- and those of the best trial, for `train_sdxl_lora.py --config`."""
+    """Writes best_params.yaml: all flags of the best trial, for `train_sdxl_lora.py --config`."""
     best = ranked(study)[:1]
     if best:
         flags = {"seed": sweep.args.seed}
@@ -940,7 +940,7 @@ def write_best_params(study, sweep):
 
 
 def table_row(sweep, trial):
-    """{column: value} of a trial, for trials.csv and the report."""
+    """Returns {column: value} of a trial, for trials.csv and the report."""
     names = sweep.metrics or ("val_loss",)
     params = decode_params(sweep, trial.params)
     losses = list(validation_losses(trial).values())
@@ -955,7 +955,7 @@ def table_row(sweep, trial):
 
 
 def write_trials_csv(study, sweep):
-    """trials.csv: one row per trial."""
+    """Writes trials.csv, one row per trial."""
     rows = [table_row(sweep, trial) for trial in study.get_trials(deepcopy=False)]
     if rows:
         text = io.StringIO()
@@ -975,7 +975,7 @@ def label_choices(axes):
 
 
 def restyle(axes):
-    """Changes Axes of Optuna to the style of the page, and makes small charts readable."""
+    """Gives Axes made by Optuna the style of the page, and makes small charts readable."""
     axes.set_title("", loc="center")
     axes.set_title("", loc="left")
     axes.set_facecolor("none")
@@ -999,7 +999,7 @@ def restyle(axes):
 
 
 def draw_chart(study, plot, caption, **options):
-    """(caption, inline SVG) of the Axes that `plot(study, **options)` makes with pyplot."""
+    """Returns (caption, inline SVG) of the chart that `plot(study, **options)` draws with pyplot."""
     from matplotlib import pyplot  # here, since an import at the top would delay every start
 
     pyplot.switch_backend("Agg")  # no window
@@ -1016,7 +1016,7 @@ def draw_chart(study, plot, caption, **options):
 
 
 def plot_validation_losses(study):
-    """Axes with the validation loss of each trial over its steps. Pruned and failed trials are grey."""
+    """Plots the validation loss of each trial over its steps. Pruned and failed trials are grey."""
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots()
@@ -1029,7 +1029,7 @@ def plot_validation_losses(study):
 
 
 def draw_charts(study, sweep):
-    """{heading: [(caption, SVG)]} of the charts for which there are enough trials."""
+    """Returns {heading: [(caption, SVG)]} of the charts for which there are enough trials."""
     plots = optuna.visualization.matplotlib  # Optuna imports it at this first use
     trials = study.get_trials(deepcopy=False)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -1055,7 +1055,7 @@ def draw_charts(study, sweep):
 
 
 def read_grid(sweep, trial):
-    """Data URI of the first six rows of the evaluation's grid, one per prompt; None without a grid."""
+    """Returns the first six rows of the evaluation's grid as a data URI, or None without a grid."""
     path = trial_folder(sweep, trial) / "evaluation/grid.png"
     if not path.exists():
         return None
@@ -1119,7 +1119,7 @@ Use best_params.yaml as --config of a full run.</p>
 
 
 def write_report(study, sweep, argv):
-    """report.html: a single file that loads nothing from anywhere."""
+    """Writes report.html, a single file that loads nothing from elsewhere."""
     trials = study.get_trials(deepcopy=False)
     count = collections.Counter(trial.state for trial in trials)
     searched = [parameter.flag for parameter in sweep.space]
@@ -1190,7 +1190,7 @@ def run_trials(sweep, argv):
 
 
 def split_gpus(visible, workers, each):
-    """[CUDA_VISIBLE_DEVICES of each worker], given that of this process; None for each without GPUs."""
+    """Returns CUDA_VISIBLE_DEVICES for each worker, given this process's; None for each without GPUs."""
     gpus = [gpu for gpu in visible.split(",") if gpu]
     if not gpus:
         return [None] * workers
@@ -1198,7 +1198,7 @@ def split_gpus(visible, workers, each):
 
 
 def run_workers(sweep, argv):
-    """Runs --workers processes of this script, each with its share of the GPUs. Returns their worst exit status."""
+    """Runs --workers copies of this script, each with its share of the GPUs. Returns the worst exit status."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     own, words = split_words(argv)
     command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
@@ -1219,7 +1219,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Returns the exit status: 0 when the study is complete or a scheduler stopped it, 130 after Ctrl-C."""
+    """Runs the sweep. Returns the exit status: 0 when complete or stopped by a scheduler, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]

@@ -77,7 +77,7 @@ class InputError(ValueError):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds "(default: …)" to flags that have one, and shows switches as --[no-]flag."""
+    """Adds "(default: …)" to flags that have a default, and shows switches as --[no-]flag."""
 
     def _format_action_invocation(self, action):
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -93,7 +93,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(configargparse.ArgParser):
-    """Exits with a one-line error, `prog: error: --flag: …`, and leaves the usage to --help."""
+    """Exits with a one-line error, `prog: error: --flag: …`, without printing the usage."""
 
     def error(self, message):
         message = " ".join(message.split()).removeprefix("argument ")
@@ -110,7 +110,7 @@ class Parser(configargparse.ArgParser):
 
 
 def make_base_parser(usage, description):
-    """The parser that the three scripts share: flags by YAML file or command line, never abbreviated."""
+    """Returns the parser of all three scripts: flags come from a YAML file or the command line, unabbreviated."""
     return Parser(
         usage=usage, description=description, config_file_parser_class=configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=118),
@@ -124,7 +124,7 @@ ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK, BUCKET 
 
 
 def hash64(*parts):
-    """uint64 hash of integers (arrays broadcast), by chained splitmix64 (Steele et al., OOPSLA 2014)."""
+    """Returns the uint64 hash of integers, by chained splitmix64 (Steele et al., OOPSLA 2014). Arrays broadcast."""
     with np.errstate(over="ignore"):
         state = np.uint64(0x9E3779B97F4A7C15)
         for part in parts:
@@ -136,22 +136,22 @@ def hash64(*parts):
 
 
 def uniform(*parts):
-    """float64 in [0, 1): the top 53 bits of hash64."""
+    """Returns float64 numbers in [0, 1): the top 53 bits of hash64."""
     return (hash64(*parts) >> np.uint64(11)) * 2.0**-53
 
 
 def torch_seed(*parts):
-    """hash64 as a seed that torch.Generator accepts."""
+    """Returns hash64 as a seed that torch.Generator accepts."""
     return int(hash64(*parts) >> np.uint64(1))
 
 
 def hash_text(text):
-    """uint64 hash of a string, the same on every machine."""
+    """Returns the uint64 hash of a string, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def write_file(path, *parts):
-    """Writes bytes, one part after the other, atomically: `path` is complete and on the disk when this returns."""
+    """Writes bytes atomically. When it returns, the file is complete and on the disk."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         file.writelines(parts)
@@ -161,7 +161,7 @@ def write_file(path, *parts):
 
 
 def write_safetensors(path, tensors, metadata):
-    """Writes safetensors with a sorted header, so that equal tensors give equal bytes."""
+    """Writes a safetensors file with a sorted header, so that equal tensors give equal bytes."""
     import safetensors.torch
 
     raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
@@ -172,7 +172,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 def list_checkpoints(output_dir):
-    """[(step, folder)] of the checkpoints in `output_dir`, oldest first."""
+    """Returns [(step, folder)] of the checkpoints in `output_dir`, oldest first."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(output_dir).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -183,17 +183,17 @@ def list_checkpoints(output_dir):
 
 
 def is_remote(path):
-    """Whether `path` is a URL or a pipe rather than a local file."""
+    """Returns whether `path` is a URL or a pipe rather than a local file."""
     return re.match(r"[a-z][a-z0-9]+:", path) is not None
 
 
 def looks_like_path(name):
-    """Whether a PATH|ID flag means a folder of this machine rather than a hub id such as user/model."""
+    """Returns whether the value of a PATH|ID flag is a local folder rather than a hub id such as user/model."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def expand_pattern(pattern):
-    """Paths and URLs that one pattern stands for, in order; they may not exist."""
+    """Returns the paths and URLs that one pattern stands for, in order. They may not exist."""
     if Path(pattern).is_dir():
         return sorted(map(str, Path(pattern).glob("*.tar")))
     if pattern.startswith("pipe:") and "{" not in pattern:
@@ -206,7 +206,7 @@ def expand_pattern(pattern):
 
 
 def expand_shards(patterns):
-    """Paths and URLs of the shards meant by `patterns`: files, folders of .tar (also in a bucket), braces, pipes.
+    """Returns the paths and URLs of shards: .tar files, folders of them (also in a bucket), brace patterns, pipes.
 
     Errors: ValueError when a pattern matches nothing or names a local file that does not exist.
     """
@@ -223,7 +223,7 @@ def expand_shards(patterns):
 
 
 def read_species_csv(path):
-    """{label: count}, labels casefolded. Errors: ValueError for a missing column or a bad count."""
+    """Returns {casefolded label: count}. Errors: ValueError for a missing column or a bad count."""
     counts = Counter()
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file)
@@ -246,7 +246,7 @@ def read_species_csv(path):
 
 
 def retry(action, path):
-    """Returns action(), repeated while the network or the server fails. Errors: OSError naming `path` at the end."""
+    """Returns action(). Repeats it when the network or the server fails. Errors: OSError naming `path` in the end."""
     import aiohttp  # takes 0.2 s, and only remote shards need it
 
     for attempt in range(1, IO_ATTEMPTS + 1):
@@ -261,7 +261,7 @@ def retry(action, path):
 
 
 def copy_shard(path, stamp, cache_dir):
-    """Path of a local copy of a URL, or of the output of a pipe's command, in `cache_dir`; made once per machine."""
+    """Downloads a URL, or runs a pipe's command, into `cache_dir`, once per machine. Returns the path of the copy."""
     folder = Path(cache_dir) / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{hash_text(f'{path} {stamp}'):016x}.tar"
@@ -289,7 +289,7 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """The bytes of one shard or image file: a local file, a URL read by ranges, or a copy if it allows no ranges.
+    """The bytes of a shard or an image file: local, or a URL read by byte ranges, or copied if it allows no ranges.
 
     `stamp` changes with the content: size and time of a file, size and ETag of a URL; it is constant for a pipe.
     An object belongs to the process that made it: connections do not survive a fork.
@@ -311,7 +311,7 @@ class Shard:
             self.size = self.filesystem.size(self.url)
 
     def allows_ranges(self):
-        """Whether the web server sends only the bytes asked for."""
+        """Returns whether the web server can send a part of a file."""
         request = urllib.request.Request(self.path, headers={"Range": "bytes=0-0"})
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status == 206
@@ -326,7 +326,7 @@ class Shard:
         return f"{self.size} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
-        """Checks, for remote shards once a minute, that the shard is the indexed one. Errors: OSError if it is not."""
+        """Checks that the shard has not changed; remote ones once a minute. Errors: OSError if it has."""
         if is_remote(self.path) and time.monotonic() - self.checked < STAMP_SECONDS:
             return
         self.stamp = self.current_stamp()
@@ -341,13 +341,13 @@ class Shard:
         return data
 
     def read(self, offset, size):
-        """`size` bytes from `offset`. Errors: OSError when there are fewer, or when the network keeps failing."""
+        """Returns `size` bytes from `offset`. Errors: OSError when there are fewer, or the network keeps failing."""
         if is_remote(self.path):
             return retry(lambda: self.read_once(offset, size), self.path)
         return self.read_once(offset, size)
 
     def peek(self, offset, size):
-        """read() through a block of READ_AHEAD bytes, for the many small members between images."""
+        """Like read(), but reads READ_AHEAD bytes at once and keeps them: most members of a tar are small."""
         start, block = self.block
         if not start <= offset <= offset + size <= start + len(block):
             block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
@@ -369,7 +369,7 @@ INDEX_SCHEMA = pa.schema({
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a sample's parts are found: columns of a table, or fields of the JSON in a shard."""
+    """The names of a sample's parts: columns of a table, or fields of the JSON in a shard."""
 
     image: str = "image"
     caption: str = "text"
@@ -378,10 +378,10 @@ class Fields:
 
 
 def iter_tar_members(shard, report):
-    """Yields (name, offset, size, head) of a Shard's regular files; `head` is the first HEADER_BYTES of a file.
+    """Yields (name, offset, size, head) of each file in a tar; `head` is its first HEADER_BYTES bytes.
 
-    Verifies header checksums. Calls report(reason) and yields None for damage, then resumes at the next valid header.
-    Scans to the end of the file: zero blocks may be the archive's end, damage, or black pixels after a lost header.
+    Verifies header checksums. At damage it calls report(reason), yields None and continues at the next valid header.
+    It reads on to the end of the file: zero blocks may be the archive's end, or damage, or black pixels after damage.
     """
     position = zero_blocks = 0
     long_name = None
@@ -424,7 +424,7 @@ def iter_tar_members(shard, report):
 
 
 def group_members(members):
-    """Yields (sample key, {extension: (offset, size, head)}); a key is the members' path up to the first dot.
+    """Yields (key, {extension: (offset, size, head)}) of each sample; its key is the path up to the first dot.
 
     A sample next to damage (None among the members) has the extension "damage": one of its members may be lost.
     """
@@ -453,7 +453,7 @@ def group_members(members):
 
 
 def read_labels(metadata, name):
-    """Casefolded labels of one sample: a list, or a string "a, b". Errors: ValueError when it is something else."""
+    """Returns the casefolded labels of a sample: a list, or a text like "a, b". Errors: ValueError for others."""
     labels = metadata.get(name) or []
     labels = labels.split(",") if isinstance(labels, str) else labels
     if not isinstance(labels, list):
@@ -463,13 +463,13 @@ def read_labels(metadata, name):
 
 
 def number_or_none(value):
-    """`value` when it is a number that a column can hold, else None."""
+    """Returns `value` if it is a number that fits into a column, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and abs(value) < 2**31 else None
 
 
 def oriented_size(image):
-    """(height, width) of a PIL image after its EXIF orientation. Errors: ValueError for a decompression bomb."""
+    """Returns (height, width) of a PIL image after EXIF orientation. Errors: ValueError for decompression bombs."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"decompression bomb: {width}x{height} px is too large")
@@ -480,7 +480,7 @@ def oriented_size(image):
 
 
 def measure_image(head, read_all=None):
-    """oriented_size from the first bytes of a file, or from read_all() where they are not enough.
+    """Returns oriented_size of an image from its first bytes, or from read_all() where they are not enough.
 
     Errors: ValueError when it is not an image or is a decompression bomb.
     """
@@ -497,13 +497,13 @@ def measure_image(head, read_all=None):
 
 
 def read_member(shard, member):
-    """The bytes of a member (offset, size, head) of a Shard; mostly its head is all of it."""
+    """Returns the bytes of a member (offset, size, head) of a Shard. In most cases `head` holds them all."""
     offset, size, head = member
     return head if len(head) == size else shard.read(offset, size)
 
 
 def index_sample(shard, key, members, fields):
-    """The index row of one sample of a shard. Errors: ValueError saying what is damaged."""
+    """Returns the index row of one sample of a shard. Errors: ValueError saying what is damaged."""
     image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if image is None:
         raise ValueError("no image")
@@ -538,7 +538,7 @@ def index_sample(shard, key, members, fields):
 
 
 def index_shard(shard, fields):
-    """(rows, damage) of a Shard: index rows, and [{"shard", "key", "reason"}] of what cannot be used."""
+    """Returns (index rows, damage) of a Shard; damage is [{"shard", "key", "reason"}] of unusable samples."""
     rows, damage = [], []
     seen = set()
 
@@ -558,7 +558,7 @@ def index_shard(shard, fields):
 
 
 def cached_index_shard(path, cache_dir, fields):
-    """Index table of one shard, cached by the shard's stamp; damage and stamp are in the table's metadata."""
+    """Returns the index table of a shard, cached until the shard changes. Its metadata hold damage and stamp."""
     shard = Shard(path, cache_dir.parent)
     name = path if is_remote(path) else os.path.abspath(path)
     cache_key = f"{INDEX_VERSION} {name} {shard.stamp} {fields.labels} {fields.score}"
@@ -574,7 +574,7 @@ def cached_index_shard(path, cache_dir, fields):
 
 
 def load_table(flag, source, fields, config_name=None, cache_dir=None):
-    """The table of --train_data_dir (imagefolder) or --dataset_name (hub, folder, save_to_disk), images undecoded.
+    """Loads the table of --train_data_dir or --dataset_name (hub, folder, save_to_disk) without decoding images.
 
     Errors: InputError naming the flag when it does not load or a column is missing.
     """
@@ -599,7 +599,7 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
 
 
 def index_table(table, source, is_folder, fields):
-    """(rows, damage) of a table of load_table: images are files, or bytes in the row that `offset` names."""
+    """Returns (index rows, damage) of a loaded table. `offset` is the row number of images stored in the table."""
     rows, damage = [], []
     for number, row in enumerate(table):
         image = row[fields.image] or {}
@@ -631,7 +631,7 @@ def index_table(table, source, is_folder, fields):
 
 @dataclass(frozen=True)
 class Index:
-    """Every usable sample, one row each. `label_codes[label_starts[i]:label_starts[i + 1]]` are row i's labels."""
+    """All usable samples, one row each. The labels of row i are label_codes[label_starts[i]:label_starts[i + 1]]."""
 
     table: pa.Table
     damage: list  # [{"shard", "key", "reason"}]
@@ -653,15 +653,15 @@ class Index:
         return {name: self.table.column(name)[int(i)].as_py() for name in self.table.column_names}
 
     def sizes(self):
-        """(N, 2) float64: the files' own heights and widths in px."""
+        """Returns (N, 2) float64: height and width of each file in px."""
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
     def scales(self, resolution):
-        """(N, 2) float64: factors for height and width; the larger one is used and the rest is cut off."""
+        """Returns (N, 2) float64, target size / own size. Images are scaled by the larger one and cropped."""
         return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
 
     def label_weights(self, choice):
-        """(rows, codes, weights): which part of a row's arrivals counts for which of its labels."""
+        """Returns (rows, codes, weights): how much each row counts for each of its labels."""
         counts = np.diff(self.label_starts)
         if choice == "first":
             rows = np.flatnonzero(counts)
@@ -669,26 +669,26 @@ class Index:
         return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
     def fingerprint(self):
-        """Hex digest of what training sees besides the pixels, independent of the shards' paths and order."""
+        """Returns a digest of ids, captions, labels and scores that does not depend on paths or on the order."""
         columns = [self.table.column(name).to_pylist() for name in ("image_id", "caption", "labels", "score")]
         digest = np.bitwise_xor.reduce([np.uint64(hash_text(repr(row))) for row in zip(*columns)])
         return f"{len(self)}-{int(digest):016x}"
 
 
 def damage_kind(entry):
-    """The kind of a damage: its reason without the part that differs from sample to sample."""
+    """Returns the kind of a damage: the part of its reason that is the same for all samples."""
     return entry["reason"].partition(":")[0]
 
 
 def count_damaged(damage):
-    """Number of samples in a list of damage. A sample with two faults counts once; so does a fault without a key."""
+    """Returns the number of damaged samples. A sample with two faults counts once; so does a damaged shard."""
     named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
     cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
     return len(named) + len(cut_shards)
 
 
 def drop_duplicates(table, damage):
-    """(table, damage) with each image_id once; later ones are reported as damage."""
+    """Returns (table, damage) with each image_id once; repeated ones are reported as damage."""
     ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
@@ -699,7 +699,7 @@ def drop_duplicates(table, damage):
 
 
 def make_index(table, damage, total=None, stamps=None, images=None, image_column="image"):
-    """Index of a table with INDEX_SCHEMA's columns; `total` is counted when it is None."""
+    """Returns the Index of a table with INDEX_SCHEMA's columns. `total` is counted if it is None."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
     names = sorted(set(labels.flatten().to_pylist()))
@@ -723,10 +723,10 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 
 # Seam: which samples are trained on. Contract: acceptance(step) is an array over (labels…, unlabelled) in [0, 1].
 class SpeciesMix:
-    """Class probabilities (1 - m) · uniform + m · data distribution, where m depends on the optimizer step alone.
+    """Class probabilities p = (1 - m) · uniform + m · data distribution; m depends on the optimizer step only.
 
-    Class s arrives with frequency a(s) and is accepted with probability c p(s) / a(s), c = min a / p: accepted samples
-    have exactly the distribution p, whatever a is. Rows without a label are accepted with UNLABELLED_ACCEPTANCE.
+    Samples of class s arrive with frequency a(s) and are accepted with probability c p(s) / a(s), where c = min a / p.
+    So accepted samples have exactly the distribution p. Unlabelled ones are accepted with UNLABELLED_ACCEPTANCE.
     """
 
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
@@ -745,19 +745,19 @@ class SpeciesMix:
         self.uniform = self.support / max(self.support.sum(), 1)
 
     def weight_of_data(self, step):
-        """m at `step`, counted from 0."""
+        """Returns m at `step`, counted from 0."""
         progress = min(step / self.steps, 1.0) if self.steps else 1.0
         if self.schedule == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         return self.start + (self.end - self.start) * progress
 
     def target(self, step):
-        """(K,) probabilities of the classes at `step`."""
+        """Returns the (K,) class probabilities p at `step`."""
         m = self.weight_of_data(step)
         return (1 - m) * self.uniform + m * self.data
 
     def acceptance(self, step):
-        """(K + 1,) probability that an arriving sample of each class, and last of no class, is accepted at `step`."""
+        """Returns (K + 1,) probabilities to accept a sample of each class, and last an unlabelled one."""
         if not self.support.any():
             return np.ones(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -766,11 +766,11 @@ class SpeciesMix:
 
 
 class SamplePlan:
-    """The rows of every global batch: a pure function of (index, mix, seed, global batch) and the step.
+    """The rows of every global batch, as a function of the index, the mix, the seed, the batch size and the step.
 
-    A batch comes from one bucket, drawn in proportion to what is accepted of each. Within a bucket each image arrives
-    once per epoch, in an order hashed from (image id, seed, epoch), and is accepted or rejected by its own draw: over
-    all buckets the classes follow the mix. State: step, samples delivered, each bucket's (epoch, position).
+    Each batch comes from one bucket, drawn in proportion to its accepted samples. In a bucket, each image arrives once
+    per epoch, in an order hashed from (image id, seed, epoch), and its own random draw accepts or rejects it. Over all
+    buckets, classes follow the mix. The state is the step, the number of samples, and (epoch, position) per bucket.
     """
 
     def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None, samples=None):
@@ -792,7 +792,7 @@ class SamplePlan:
         self.arrivals[:, -1] = np.bincount(unlabelled, minlength=bucket_count)
 
     def begin_epoch(self, bucket, epoch):
-        """(rows, labels, draws) of a bucket's epoch in the order of arrival; label -1 means no label."""
+        """Returns (rows, labels, draws) of a bucket's epoch in order of arrival. Label -1 means none."""
         rows = self.members[bucket]
         rows = rows[np.argsort(hash64(ORDER, self.seed, epoch, self.index.id_hashes[rows]), kind="stable")]
         ids = self.index.id_hashes[rows]
@@ -806,12 +806,12 @@ class SamplePlan:
         return rows, labels, uniform(ACCEPT, self.seed, epoch, ids)
 
     def bucket_weights(self, step):
-        """(buckets,) probability of each bucket for the step's batch: Σ over classes of acceptance · arrivals."""
+        """Returns the (buckets,) probabilities of the buckets: acceptance times arrivals, summed over classes."""
         accepted = self.arrivals @ self.mix.acceptance(step)
         return accepted / accepted.sum()
 
     def next_batch(self):
-        """(rows, labels), each (global_batch,), of the current step; advances to the next."""
+        """Returns (rows, labels), (global_batch,) each, of the current step, and advances to the next."""
         draw = uniform(BUCKET, self.seed, self.step)
         bucket = int(np.searchsorted(np.cumsum(self.bucket_weights(self.step))[:-1], draw, side="right"))
         acceptance = self.mix.acceptance(self.step)
@@ -846,9 +846,9 @@ class SamplePlan:
 
 @dataclass
 class MicroBatches:
-    """Batch sampler of one rank: yields lists of (row, label, step, position in the run's global order).
+    """Batch sampler of one rank: yields lists of requests (row, label, step, position in the run's global order).
 
-    The plan runs ahead of training by what the workers prefetch; `states[n]` holds its cursors after n steps.
+    Loader workers prefetch, so the plan is ahead of training; `states[n]` holds its cursors after n steps.
     """
 
     plan: SamplePlan
@@ -876,7 +876,7 @@ class MicroBatches:
 
 
 def open_image(data, cover=None):
-    """(RGB image, (height, width) of the file): EXIF orientation applied, alpha over white.
+    """Returns (RGB image, (height, width) of the file). EXIF orientation is applied, transparency becomes white.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still covers `cover` (height, width): four times as fast
     for 1024 px out of 2048 px. Errors: ValueError when it is damaged, truncated or a decompression bomb.
@@ -903,28 +903,28 @@ def open_image(data, cover=None):
 
 # Seam: buckets. Contract: (height, width) in multiples of BUCKET_STEP px; a row keeps its bucket for the whole run.
 def make_buckets(resolution):
-    """[(height, width)] of at most resolution² px each, from 1:4 to 4:1, the sides multiples of BUCKET_STEP."""
+    """Returns [(height, width)] from 1:4 to 4:1, of at most resolution² px, in multiples of BUCKET_STEP."""
     shorts = range(-(-resolution // 2 // BUCKET_STEP) * BUCKET_STEP, resolution + 1, BUCKET_STEP)
     tall = {(resolution**2 // short // BUCKET_STEP * BUCKET_STEP, short) for short in shorts if short}
     return sorted(tall | {(short, long) for long, short in tall})
 
 
 def nearest_buckets(sizes, buckets):
-    """(N,) index of the bucket whose aspect ratio is nearest to each of `sizes` (N, 2): the least is cut off."""
+    """Returns, for each of `sizes` (N, 2), the index of the bucket with the nearest aspect ratio, (N,)."""
     ratios = np.log([height / width for height, width in buckets])
     own_ratios = np.log(sizes[:, 0] / sizes[:, 1])
     return np.abs(own_ratios[:, None] - ratios).argmin(axis=1)
 
 
 def assign_buckets(index, resolution):
-    """The index with every row in its bucket of --crop bucket."""
+    """Returns the index with each row assigned to its bucket of --crop bucket."""
     bucket_sizes = make_buckets(resolution)
     return replace(index, bucket_sizes=bucket_sizes, buckets=nearest_buckets(index.sizes(), bucket_sizes))
 
 
 # Seam: crops. Contract: (top, left) of a window inside the image, which was scaled to cover a window of that size.
 def random_ar_crop(height, width, resolution, u):
-    """(top, left) of a square near the middle of the long side, u in [0, 1); above 2:1 centre or start edge, 50/50."""
+    """Returns (top, left) of a square near the middle; beyond 2:1 at the middle or start. u in [0, 1) is random."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -938,17 +938,17 @@ def random_ar_crop(height, width, resolution, u):
 
 
 def center_crop(height, width, bucket):
-    """(top, left) of the middle window of size `bucket`."""
+    """Returns (top, left) of the middle window of size `bucket`."""
     return int(round((height - bucket[0]) / 2)), int(round((width - bucket[1]) / 2))
 
 
 def scale_aesthetic(value, scale):
-    """Aesthetic score in 1 to 10 of a sample whose field holds `value`, or None."""
+    """Returns the aesthetic score, from 1 to 10, for a field that holds `value`, which may be None."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
 class ImageDataset:
-    """Decoded, cropped samples. An item is requested by (row, label, step, position in the run's global order)."""
+    """Decoded and cropped samples. A request is (row, label, step, position in the run's global order)."""
 
     def __init__(
         self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None, aesthetic_scale=10.0
@@ -960,11 +960,11 @@ class ImageDataset:
         self.shards = {}  # (process, path) → Shard
 
     def bucket_size(self, i):
-        """(height, width) that row i is trained at."""
+        """Returns (height, width) of the crop of row i."""
         return self.bucket_sizes[self.index.buckets[i]]
 
     def read(self, row):
-        """The bytes of a row's image. Errors: OSError naming the shard when it changed or the network fails."""
+        """Returns the bytes of a row's image. Errors: OSError when the shard changed or the network fails."""
         if row["path"] == IN_TABLE:
             return self.index.images[row["offset"]][self.index.image_column]["bytes"]
         place = (os.getpid(), row["path"])
@@ -978,7 +978,7 @@ class ImageDataset:
         return shard.read(row["offset"], row["size"])
 
     def open(self, row, bucket):
-        """(image, (height, width) of its file) of a row. Errors: ValueError when it is damaged."""
+        """Returns (image, (height, width) of its file). Errors: ValueError when it is damaged."""
         image, original_size = open_image(self.read(row), bucket)
         if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
             raise ValueError("EXIF behind the pixels turns the image: wrong bucket")
@@ -988,7 +988,7 @@ class ImageDataset:
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
 
     def crop_window(self, row, bucket, step, flipped):
-        """{"pixels": (3, H, W) uint8, sizes} of a row: what the network sees at `step`. Errors: as open()."""
+        """Returns {"pixels": (3, H, W) uint8, sizes}: what the network sees. Errors: as open()."""
         import torch
 
         image, original_size = self.open(row, bucket)
@@ -1007,11 +1007,11 @@ class ImageDataset:
         return {"pixels": pixels, **sizes}
 
     def load(self, row, bucket, step):
-        """crop_window with the step's flip."""
+        """Calls crop_window with the flip of this step."""
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):
-        """[crop_window of each flip] of the only row in `rows`, or a text saying what is damaged. For a DataLoader."""
+        """Returns [crop_window of each flip] of the one row in `rows`, or a text if it is damaged."""
         bucket = self.bucket_size(rows[0])
         try:
             return [self.crop_window(self.index.row(rows[0]), bucket, 0, flip) for flip in range(1 + self.random_flip)]
@@ -1019,7 +1019,7 @@ class ImageDataset:
             return str(error)
 
     def replacement(self, i, label, tried, same_bucket=False):
-        """A row instead of damaged row i: of its class and bucket, else of its bucket, else (not same_bucket) any."""
+        """Returns a row to use instead of damaged row i: of the same class and bucket if possible."""
         in_bucket = self.index.buckets == self.index.buckets[i]
         of_class = np.zeros(len(self.index), dtype=bool)
         if label >= 0:
@@ -1034,7 +1034,7 @@ class ImageDataset:
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
     def first_intact(self, i, label, load, same_bucket=False):
-        """(row, load(row), damage) of row i, or of its replacement if load raises ValueError because it is damaged."""
+        """Returns (row, load(row), damage) of row i, or of a replacement if load finds it damaged."""
         tried, damage = [i], []
         while len(tried) <= MAX_DAMAGED_IN_A_ROW:
             row = self.index.row(tried[-1])
@@ -1047,7 +1047,7 @@ class ImageDataset:
         raise ValueError(f"{shard}: {MAX_DAMAGED_IN_A_ROW} damaged images in a row, first {key}")
 
     def make_item(self, request, load, same_bucket=False):
-        """What load(row, bucket, step) returns for the requested row or its replacement, with the other fields."""
+        """Returns the sample for a request: what load(row, bucket, step) returns, and the other fields."""
         i, label, step, position = request
         bucket = self.bucket_size(i)
         row, loaded, damage = self.first_intact(i, label, lambda row: load(row, bucket, step), same_bucket)
@@ -1067,7 +1067,7 @@ class ImageDataset:
         return self.make_item(request, self.load)
 
     def __getitems__(self, requests):
-        """The items of a batch; of remote shards they are read at the same time."""
+        """Returns the samples of a batch. Remote shards are read in parallel."""
         with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, self.index.stamps)) else 1) as pool:
             return list(pool.map(self.__getitem__, requests))
 
@@ -1098,7 +1098,7 @@ class EncodedDataset:
 
 
 def collate(samples):
-    """Lists of the samples' fields; `pixels` stacked to (B, 3, H, W) uint8, sizes and scores float32 tensors."""
+    """Makes a batch: pixels (B, 3, H, W) uint8, sizes and scores float32 tensors, all other fields lists."""
     import torch
 
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
@@ -1110,14 +1110,14 @@ def collate(samples):
 
 
 def ignore_signals(_worker):
-    """Makes a loader process ignore signals sent to the whole group: the trainer still needs it to finish the step."""
+    """Makes a loader process ignore signals to the process group, because the trainer needs it for the last step."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(dataset, batch_sampler, workers, pin_memory):
-    """DataLoader of the sampler's batches, decoded ahead by `workers` processes."""
+    """Returns a DataLoader of the sampler's batches; `workers` processes decode ahead."""
     from torch.utils.data import DataLoader
 
     return DataLoader(
@@ -1137,10 +1137,10 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
 
 
 class EncodingCache:
-    """Tensors by image id, in files of CACHE_ROWS samples that are written atomically.
+    """Stores tensors by image id, in atomically written files of CACHE_ROWS samples.
 
-    A file's name is a hash of everything that its tensors depend on (`settings`, and the `cache_keys` of its rows,
-    whose first entry is the image id), so files of other images, flags or encoders are never read.
+    The name of a file is a hash of `settings` and of its rows' `cache_keys`, which begin with the image id: everything
+    that its tensors depend on. So files of other images, flags or encoders are never read.
     """
 
     def __init__(self, folder, flag, settings, cache_keys, groups):
@@ -1156,7 +1156,7 @@ class EncodingCache:
                 self.paths |= {cache_keys[i][0]: path for i in rows}
 
     def open(self, path):
-        """(file, notes) as write() left them. Errors: OSError when the file is not what its name says."""
+        """Returns (file, notes) of a cache file. Errors: OSError when it is damaged or not what its name says."""
         place = (os.getpid(), path)
         if place not in self.files:
             if len(self.files) >= MAX_OPEN_CACHES:
@@ -1172,7 +1172,7 @@ class EncodingCache:
         return self.files[place]
 
     def write(self, path, samples):
-        """Writes {image id: [{name: tensor or numbers} of each variant]}, or of a damaged image a text saying why."""
+        """Writes {image id: [{name: tensor or numbers} of each flip], or a text if it is damaged}."""
         import torch
 
         tensors, notes = {}, {}
@@ -1190,7 +1190,7 @@ class EncodingCache:
         write_safetensors(path, tensors, {"name": path.name, "samples": json.dumps(notes)})
 
     def read(self, image_id, variant=0):
-        """{name: tensor or numbers} of a sample. Errors: ValueError saying what is damaged."""
+        """Returns {name: tensor or numbers} of a sample. Errors: ValueError saying what is damaged."""
         file, notes = self.open(self.paths[image_id])
         if isinstance(notes[image_id], str):
             raise ValueError(notes[image_id])
@@ -1204,7 +1204,7 @@ class EncodingCache:
 
 
 def describe_data(dataset, plan, steps, caption_tokens):
-    """What a run of `steps` steps will be given; preview.json holds it."""
+    """Returns what preview.json says about the data of a run of `steps` steps."""
     index = dataset.index
     last = max(steps - 1, 0)
     scales = index.scales(dataset.resolution)
@@ -1234,7 +1234,7 @@ def describe_data(dataset, plan, steps, caption_tokens):
 
 @cache
 def label_fonts():
-    """(families, characters) of the fonts for text in pictures: DejaVu Sans, and a Japanese one if installed."""
+    """Returns (font families, available characters) for text in images: DejaVu Sans, and a Japanese font if found."""
     from matplotlib import font_manager, ft2font
 
     installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
@@ -1243,14 +1243,14 @@ def label_fonts():
 
 
 def make_label(text, length):
-    """The text on one line of at most `length` characters; those without a glyph are named: ピカ → "[pi][ka]"."""
+    """Returns the text on one line, cut to `length`. Characters without a glyph are named: ピカ → "[pi][ka]"."""
     words = [c if ord(c) in label_fonts()[1] else f"[{unicodedata.name(c, '?').split(' ')[-1].lower()}]" for c in text]
     text = " ".join("".join(words).replace("$", "\\$").split())  # a $ would begin a formula
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def draw_contact_sheet(dataset, requests, columns=4):
-    """matplotlib Figure of the samples: each image with the window that is trained on, its class and its caption."""
+    """Returns a matplotlib Figure of samples: each image with its crop window, class and caption."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -1279,7 +1279,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
 
 
 def draw_species(species, most=60):
-    """matplotlib Figure of the class probabilities; of more than `most` classes the commonest and the rarest."""
+    """Returns a matplotlib Figure of the class probabilities; if there are too many, commonest and rarest ones."""
     from matplotlib.figure import Figure
 
     names = sorted(species, key=lambda name: -species[name]["data"])

@@ -80,12 +80,12 @@ class TrainingError(RuntimeError):
 
 
 class Preempted(Exception):
-    """Raised on all ranks together when one received a stop signal and there is no step to save."""
+    """Raised by all ranks together when one of them received a stop signal before there was a step to save."""
 
 
 @dataclass
 class StopRequest:
-    """The stop signal that this process received, if any: truthy once there is one. Section 11 listens for it."""
+    """The stop signal that this process received. It is true once a signal has come. Section 11 listens for it."""
 
     number: int | None = None  # of the signal
     since: float = 0.0  # time.monotonic() when it came
@@ -109,7 +109,7 @@ stop = StopRequest()
 
 
 def raise_if_stopping(accelerator):
-    """Waits for all ranks. Errors: Preempted, on all of them together, when one received a stop signal."""
+    """Asks all ranks whether one received a stop signal. Errors: Preempted, on all ranks, if so."""
     stop.note_progress()
     requested = torch.tensor([float(bool(stop))], device=accelerator.device)
     requested = accelerator.reduce(requested, "sum").item() > 0
@@ -304,7 +304,7 @@ def make_parser():
 
 
 def read_prompts(args):
-    """Prompts of the sample images, from --validation_prompt and --validation_prompts. Errors: ValueError, OSError."""
+    """Returns the prompts of --validation_prompt and --validation_prompts. Errors: ValueError, OSError."""
     prompts = [args.validation_prompt] if args.validation_prompt else []
     if not args.validation_prompts:
         return prompts
@@ -324,13 +324,13 @@ def read_prompts(args):
 
 
 def checkpoint_path(args):
-    """Folder named by --resume_from_checkpoint: a path, or as in diffusers' scripts a name inside --output_dir."""
+    """Returns the folder of --resume_from_checkpoint: a path, or a name inside --output_dir as in diffusers."""
     path = Path(args.resume_from_checkpoint)
     return path if path.is_dir() else Path(args.output_dir) / path.name
 
 
 def default_workers(local_world):
-    """Decoding processes per device: the machine's cores divided by the devices, minus one, at most 8."""
+    """Returns the decoding processes per device: cores divided by devices, minus one, at most 8."""
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
@@ -472,7 +472,7 @@ def check_output_paths(parser, args):
 
 
 def parse_args(argv=None):
-    """The checked flags, read-only from here on; defaults that depend on other flags are filled in."""
+    """Returns the checked flags with all defaults filled in. They are read-only from here on."""
     parser = make_parser()
     args = parser.parse_args(argv)
     set_defaults(args)
@@ -530,7 +530,7 @@ SDPA_BACKENDS = {
 
 @dataclass
 class Models:
-    """The frozen models of a stage and their adapters; only adapters are ever trained."""
+    """The models of a stage. Only their LoRA adapters are trained; everything else is frozen."""
 
     tokenizers: list
     text_encoders: list  # [text_encoder, text_encoder_2], for the refiner [text_encoder_2], as are the tokenizers
@@ -546,17 +546,17 @@ class Models:
 
 
 def weight_dtype_of(precision):
-    """torch dtype of "no", "fp32", "bf16" or "fp16"."""
+    """Returns the torch dtype for "no", "fp32", "bf16" or "fp16"."""
     return {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def short_reason(error, length=300):
-    """An error's text on one line, for the end of an error of ours."""
+    """Returns an error's text on one line, to be used in an error of ours."""
     return " ".join(str(error).split())[:length]
 
 
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
-    """Loads a model's part with `loader` from the folder named by `flag`. Errors: InputError when that fails."""
+    """Loads one part of the model that `flag` names, using `loader`. Errors: InputError when that fails."""
     path = getattr(args, flag.removeprefix("--"))
     if flag != "--refiner_unet":
         options["revision"] = args.revision
@@ -567,7 +567,7 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
-    """The UNet of --stage; without `weights`, on the meta device. Errors: InputError when it is of another kind."""
+    """Loads the UNet of --stage; without `weights`, only its structure. Errors: InputError for a wrong kind."""
     flag = "--pretrained_model_name_or_path"
     subfolder = "unet"
     if args.stage == "refiner":
@@ -591,7 +591,7 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 
 
 def merge_text_encoder_2_lora(text_encoder_2, path):
-    """Merges the text_encoder_2 part of a LoRA, diffusers' or kohya's, into the weights. Errors: InputError."""
+    """Merges the text_encoder_2 part of a LoRA (diffusers' or kohya's format) into the weights. Errors: InputError."""
     loader = diffusers.StableDiffusionXLPipeline
     try:
         state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
@@ -610,7 +610,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
 
 
 def load_text_encoders(args, weight_dtype):
-    """(tokenizers, text encoders in `weight_dtype`) of --stage; --text_encoder_2_lora is merged."""
+    """Loads (tokenizers, text encoders in `weight_dtype`) of --stage and merges --text_encoder_2_lora."""
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
@@ -628,10 +628,10 @@ def load_text_encoders(args, weight_dtype):
 
 
 def load_models(args, weight_dtype, device, unet_weights=True):
-    """The frozen models of --stage: UNet (still on the CPU) and encoders in `weight_dtype`, VAE in --vae_precision.
+    """Loads the frozen models of --stage: the VAE in --vae_precision, the others in `weight_dtype`.
 
-    Without `unet_weights` the UNet is built from its configuration on the meta device. Errors: InputError naming the
-    flag when a part does not load.
+    The UNet stays on the CPU. Without `unet_weights` it has no weights and is on the meta device. Errors: InputError
+    naming the flag when a part does not load.
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
@@ -665,7 +665,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
 
 
 def load_base_pipeline(args, models, weight_dtype):
-    """The base model with --validation_base_lora, on the CPU: it begins the refiner's sample images."""
+    """Loads the base model with --validation_base_lora on the CPU. It begins the refiner's sample images."""
     options = {"dtype": weight_dtype, "variant": args.variant, "vae": None, "add_watermarker": False}
     pipeline = load_part(args, diffusers.StableDiffusionXLPipeline.from_pretrained, None, **options)
     pipeline.register_modules(scheduler=models.sampling_scheduler)
@@ -679,15 +679,15 @@ def load_base_pipeline(args, models, weight_dtype):
 
 
 def fingerprint_parts(*parts):
-    """Hash of the first 8 numbers of every tensor of frozen models, which tells different models apart."""
+    """Returns a hash of the first 8 numbers of every tensor in these models, to tell different models apart."""
     heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
     return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685): fp32 master weights, computed in the input's dtype.
+    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with fp32 weights, computed in the dtype of x.
 
-    x is (…, in), the result (…, out). One kernel multiplies by B and adds; state-dict keys are PEFT's.
+    x is (…, in), the result (…, out). The product with B and the sum are one kernel. State-dict keys are PEFT's.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -703,7 +703,7 @@ class FusedLora(lora.Linear):
 
 
 class CastLinear(torch.nn.Linear):
-    """A Linear with fp32 master weights that computes in its input's dtype; state-dict keys do not change."""
+    """A Linear with fp32 weights that computes in the dtype of its input. State-dict keys are those of Linear."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -712,10 +712,10 @@ class CastLinear(torch.nn.Linear):
 
 # Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
 def add_adapter(model, targets, flag, **options):
-    """Adds LoRA adapters with fp32 master weights to the layers of `model` named by `targets`.
+    """Adds LoRA adapters with fp32 weights to the layers of `model` that `targets` names.
 
-    Autocast is off: frozen layers compute in their own dtype and the adapters' weights are cast to it, so activations
-    are never upcast. Errors: InputError naming `flag` when a target matches no layer.
+    There is no autocast: frozen layers compute in their own dtype, and the adapters' weights are cast to it. Errors:
+    InputError naming `flag` when a target matches no layer.
     """
     names = [name for name, _ in model.named_modules()]
     for target in targets:
@@ -766,7 +766,7 @@ def add_adapters(args, models, seed):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x W^T + b with int8 weights (out, in) and one scale per row (out, 1), in x's dtype; saves only W for backward.
+    """x W^T + b in the dtype of x, for int8 W (out, in) with one scale per row (out, 1). Saves W for backward, not x.
 
     bitsandbytes' layer also keeps x, which checkpointing cannot free, and rounds x to int8 on CUDA.
     """
@@ -783,7 +783,7 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 class Int8Linear(torch.nn.Linear):
-    """A frozen Linear with int8 weights, one scale per row."""
+    """A frozen Linear with int8 weights and one scale per row."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -797,7 +797,7 @@ class Int8Linear(torch.nn.Linear):
 
 
 def make_nf4_linear(linear, compute_dtype):
-    """bitsandbytes' nf4 layer with a Linear's weights, which .to(device) quantizes. Errors: InputError if missing."""
+    """Returns bitsandbytes' nf4 layer with the weights of `linear`; .to(device) quantizes. Errors: InputError."""
     try:
         import bitsandbytes.nn as bnb
     except ImportError as error:
@@ -811,7 +811,7 @@ def make_nf4_linear(linear, compute_dtype):
 
 
 def quantize_linears(model, precision, compute_dtype):
-    """Replaces the linear layers of `model` by ones in "nf4" (arXiv:2305.14314) or "int8"."""
+    """Replaces the linear layers of `model` by layers in "nf4" (arXiv:2305.14314) or "int8"."""
     for parent in list(model.modules()):
         for name, linear in parent.named_children():
             if type(linear) is torch.nn.Linear:
@@ -820,7 +820,7 @@ def quantize_linears(model, precision, compute_dtype):
 
 
 class SdpaAttention(AttnProcessor2_0):
-    """diffusers' attention with a fixed PyTorch kernel, also when a checkpointed block recomputes it."""
+    """diffusers' attention with a fixed PyTorch kernel, also while a checkpointed block is recomputed."""
 
     def __init__(self, backend):
         super().__init__()
@@ -850,7 +850,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """The --gradient_checkpointing mode; "auto": the least that keeps 20 % of memory free besides `reserved` bytes."""
+    """Returns `mode`; for "auto" the mildest one that leaves 20 % of the memory free, besides `reserved` bytes."""
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -862,7 +862,7 @@ def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0
 
 
 def set_checkpointing(unet, mode, dropout):
-    """Recomputes activations in the backward pass, with the same masks if there is LoRA `dropout`."""
+    """Turns on activation checkpointing; with LoRA `dropout`, the recomputation uses the same dropout masks."""
 
     def recompute(module, *inputs):
         options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
@@ -875,7 +875,7 @@ def set_checkpointing(unet, mode, dropout):
 
 
 def compile_blocks(unet):
-    """Compiles the transformer blocks, each shape separately, so that a resumed run uses the same kernels."""
+    """Compiles the transformer blocks, each batch shape separately, so that a resumed run uses the same kernels."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it would split blocks whose gradients exceed a DDP bucket
     try:
@@ -888,7 +888,7 @@ def compile_blocks(unet):
 
 
 def set_speed(args, models, trained, device):
-    """Applies --attention_backend, --gradient_checkpointing and --compile to what is trained."""
+    """Applies --attention_backend, --gradient_checkpointing and --compile to the trained models."""
     set_attention(models.unet, args.attention_backend)
     size = models.unet.dtype, args.train_batch_size, args.resolution
     mode = choose_checkpointing(args.gradient_checkpointing, device, *size)
@@ -908,7 +908,7 @@ def set_speed(args, models, trained, device):
 
 
 def index_shards(accelerator, args, flag, fields):
-    """(table, damage, stamps) of --train_shards or --val_shards; each rank first indexes its share of the shards."""
+    """Returns (table, damage, stamps) of the shards of `flag`. Each rank first indexes its share of them."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -940,7 +940,7 @@ def check_bad_fraction(flag, bad, total, limit):
 
 
 def load_index(accelerator, args, flag, seed):
-    """Index of the data that `flag` names. Errors: InputError when nothing is usable or too much is damaged."""
+    """Returns the Index of the data that `flag` names. Errors: InputError if it is empty or too damaged."""
     fields = data.Fields(args.image_column, args.caption_column, args.species_key, args.aesthetic_key)
     stamps = {}
     images = None
@@ -965,7 +965,7 @@ def load_index(accelerator, args, flag, seed):
 
 
 def log_data(index, mix, csv_counts, resolution):
-    """Logs what was found: images, classes, damage, small images, and where --species_csv and the data disagree."""
+    """Logs the numbers of images, classes and damaged samples; warns about small images or a wrong --species_csv."""
     logger.info("%d images of %d classes, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
     if index.damage:
         logger.warning("damaged: %s", dict(Counter(map(data.damage_kind, index.damage))))
@@ -985,7 +985,7 @@ def log_data(index, mix, csv_counts, resolution):
 
 
 def make_data(accelerator, args, seed):
-    """(dataset, mix, validation dataset or None); logs warnings about damage and about the classes."""
+    """Returns (dataset, mix, validation dataset or None) and logs what was found."""
     flag = "--train_shards" if args.train_shards else "--train_data_dir" if args.train_data_dir else "--dataset_name"
     index = load_index(accelerator, args, flag, seed)
     csv_counts = data.read_species_csv(args.species_csv) if args.species_csv else None
@@ -1005,19 +1005,19 @@ def make_data(accelerator, args, seed):
 
 
 def to_pixel_values(pixels):
-    """float32 in [-1, 1] of uint8 pixels."""
+    """Converts uint8 pixels to float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1)
 
 
 def to_device(tensor, device):
-    """The tensor on `device`, through pinned memory: the CPU does not wait for the GPU's queue."""
+    """Copies a tensor to `device` through pinned memory, so that the CPU does not wait for the GPU."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def move_batch(batch, device):
-    """The batch with tensors on `device` and `pixels` as `pixel_values` (B, 3, H, W) float32 in [-1, 1]."""
+    """Moves a batch to `device`; uint8 `pixels` become `pixel_values` (B, 3, H, W), float32 in [-1, 1]."""
     moved = {name: to_device(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
     if "pixels" in moved:
         moved["pixel_values"] = to_pixel_values(moved.pop("pixels"))
@@ -1030,7 +1030,7 @@ def move_batch(batch, device):
 
 
 def tokenize(tokenizer, captions, chunks=1):
-    """(B * chunks, 77) int64 token ids; the rows of a caption are consecutive, and the SDXL pipeline uses the first.
+    """Returns (B * chunks, 77) int64 token ids. The first row of a caption is what the SDXL pipeline would use.
 
     Each row holds up to 75 tokens between the begin and end tokens, padded; tokens after the last row are dropped.
     """
@@ -1045,7 +1045,7 @@ def tokenize(tokenizer, captions, chunks=1):
 
 
 def count_chunks(tokenizer, captions, mode):
-    """(chunks of every caption, number of captions that are cut, tokens of the longest) for --long_captions `mode`."""
+    """Returns (chunks for each caption, number of captions that are cut, tokens of the longest caption)."""
     length = tokenizer.model_max_length - 2
     captions = [caption for caption in captions if len(caption.encode()) > length]  # a token is at least a byte
     tokens = [len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] if captions else [0]
@@ -1054,7 +1054,7 @@ def count_chunks(tokenizer, captions, mode):
 
 
 def set_caption_chunks(args, accelerator, models, index):
-    """Sets models.caption_chunks for --long_captions; logs a warning when captions are cut."""
+    """Sets models.caption_chunks for --long_captions, and warns when captions are cut."""
     captions = index.table.column("caption").to_pylist()
     models.caption_chunks, cut, longest = count_chunks(models.tokenizers[0], captions, args.long_captions)
     if cut and accelerator.is_main_process:
@@ -1063,10 +1063,10 @@ def set_caption_chunks(args, accelerator, models, index):
 
 
 def encode_prompts(models, captions, device):
-    """prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), as SDXL's pipeline encodes them.
+    """Returns prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), like SDXL's pipeline.
 
-    Embeddings are both encoders' penultimate hidden states, chunk after chunk; pooled is text_encoder_2's projection
-    of the first chunk.
+    prompt_embeds are the penultimate hidden states of both encoders, side by side, chunk after chunk. The pooled ones
+    are text_encoder_2's projection of the first chunk.
     """
     chunks = models.caption_chunks
     embeds = []
@@ -1077,7 +1077,7 @@ def encode_prompts(models, captions, device):
 
 
 def encode_captions(models, batch, device, with_empty=False):
-    """prompt_embeds and pooled_prompt_embeds of a batch, encoded or cached, and the empty caption's pair or None."""
+    """Returns prompt_embeds and pooled_prompt_embeds of a batch, and (with_empty) the pair for the empty caption."""
     if "prompt_embeds" in batch:
         return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
     if not with_empty:
@@ -1087,9 +1087,9 @@ def encode_captions(models, batch, device, with_empty=False):
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
-    """Both with the samples where `dropped` (B,) bool replaced by `empty` = (embeds, pooled), or by zeros.
+    """Replaces both embeddings by `empty` = (embeds, pooled), or by zeros, where `dropped` (B,) is true.
 
-    A torch.where on the result: if one rank skipped an encoder, DDP would wait for it forever.
+    It uses torch.where on the result: if one rank skipped an encoder, DDP would wait for that rank forever.
     """
     if empty is None:
         empty = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
@@ -1100,7 +1100,7 @@ def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
 
 
 def encode_moments(vae, pixel_values):
-    """(B, 2, 4, H / 8, W / 8) mean and standard deviation of the VAE's posterior, in its dtype."""
+    """Returns mean and standard deviation of the VAE's posterior, (B, 2, 4, H / 8, W / 8), in its dtype."""
     at_once = max(1, VAE_PIXELS // (pixel_values.shape[-2] * pixel_values.shape[-1]))
     with torch.no_grad():
         posteriors = [vae.encode(part.to(vae.dtype)).latent_dist for part in pixel_values.split(at_once)]
@@ -1108,7 +1108,7 @@ def encode_moments(vae, pixel_values):
 
 
 def sample_latents(vae, moments, vae_noise):
-    """(B, 4, h, w) float32 latents sampled from the posterior with `vae_noise`, scaled."""
+    """Samples (B, 4, h, w) float32 latents from the posterior, using `vae_noise`, and scales them."""
     mean, std = moments.float().unbind(dim=1)
     return (mean + std * vae_noise) * vae.config.scaling_factor
 
@@ -1117,9 +1117,9 @@ def sample_latents(vae, moments, vae_noise):
 
 
 def fill_cache(accelerator, cache, encode, title):
-    """Writes the files that `cache` lacks: each rank its share, then what its own disk still lacks.
+    """Writes the missing files of `cache`. Ranks share the work; then each rank writes what its own disk still lacks.
 
-    encode(groups of rows) yields what EncodingCache.write takes, group by group. Errors: Preempted, InputError.
+    encode(groups of rows) yields the argument of EncodingCache.write for each group. Errors: Preempted, InputError.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
@@ -1143,7 +1143,7 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields {image id: a dict with "moments" and sizes for each flip, or what is damaged} of each group of rows."""
+    """Yields, for each group of rows, {image id: [{"moments", sizes} of each flip], or text if it is damaged}."""
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1159,7 +1159,7 @@ def encode_images(models, dataset, device, workers, groups):
 
 
 def cache_latents(accelerator, models, dataset, folder, workers):
-    """EncodingCache of the VAE posteriors' moments of all images, with random_flip of both flips."""
+    """Returns a filled EncodingCache of the VAE's moments of all images; with random_flip, of both flips."""
     index = dataset.index
     settings = [1, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
     settings += [dataset.interpolation.name, dataset.random_flip, index.images and index.images._fingerprint]
@@ -1173,7 +1173,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields {image id: [{"prompt_embeds", "pooled_prompt_embeds"}]} of each group of rows."""
+    """Yields, for each group of rows, {image id: [{"prompt_embeds", "pooled_prompt_embeds"}]}."""
     for group in groups:
         texts = [captions[i] for i in group]
         with torch.no_grad():
@@ -1183,7 +1183,7 @@ def encode_texts(models, ids, captions, device, groups):
 
 
 def cache_text_embeddings(accelerator, models, dataset, folder):
-    """EncodingCache of the embeddings of all captions."""
+    """Returns a filled EncodingCache of the embeddings of all captions."""
     ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
     settings += [models.stage, models.caption_chunks]
@@ -1194,7 +1194,7 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
 
 
 def cache_encodings(accelerator, args, models, image_datasets):
-    """The datasets (or None) with --cache_latents and --cache_text_embeddings; the encoders then move to the CPU."""
+    """Wraps each dataset in its caches, and moves models that are no longer needed to the CPU."""
     folder = Path(args.cache_dir or args.output_dir) / "encodings"
     folder.mkdir(parents=True, exist_ok=True)
     encoded = []
@@ -1226,7 +1226,7 @@ def cache_encodings(accelerator, args, models, image_datasets):
 # latents; all from the samples' own seeds, so that the draw is the same on any number of processes. Add a new draw at
 # the end of the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
-    """Per sample, from its seed: vae_noise and noise (B, *latent_shape), timesteps (B,) int64, caption_draws (B,)."""
+    """Draws per sample, from its seed: vae_noise, noise (B, *latent_shape), timesteps (B,), caption_draws (B,)."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -1240,7 +1240,7 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """sample_noise with the shapes of this batch's latents, on its device."""
+    """Calls sample_noise with the shape of this batch's latents, and moves the draws to its device."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
@@ -1253,7 +1253,7 @@ def sample_batch_noise(models, batch, noise_offset):
 
 # Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
 def compute_snr_weights(snr, gamma, prediction_type):
-    """(B,) weights min(snr, gamma) / snr, for v-prediction / (snr + 1); Min-SNR, arXiv:2303.09556, sec. 3.4."""
+    """Returns (B,) weights min(snr, gamma) / snr; v-prediction: / (snr + 1). Min-SNR, arXiv:2303.09556, sec. 3.4."""
     if not gamma:
         return torch.ones_like(snr)
     return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
@@ -1264,7 +1264,7 @@ def compute_snr_weights(snr, gamma, prediction_type):
 def diffusion_loss(
     models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
 ):
-    """(B,) weighted denoising losses of a batch of section 3, with the random `draws` of sample_noise."""
+    """Returns the (B,) weighted denoising losses of a batch, given the random `draws` of sample_noise."""
     scheduler = models.noise_scheduler
     noise = draws["noise"]
     timesteps = draws["timesteps"]
@@ -1306,7 +1306,7 @@ def diffusion_loss(
 
 
 def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
-    """One optimizer group per trained model; together they hold every trainable parameter once."""
+    """Returns one optimizer group per trained model, with its learning rate."""
     groups = []
     for name, model in trained.items():
         peak = learning_rate * (1.0 if name == "unet" else text_encoder_lr_scale)
@@ -1317,7 +1317,7 @@ def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
 
 # Seam: the optimizer. Contract: a torch optimizer over the parameter groups, whose "lr" the schedule multiplies.
 def make_optimizer(args, groups, learning_rate):
-    """--optimizer over the parameter groups. Errors: InputError when its package is missing or does not load."""
+    """Returns the optimizer that --optimizer names. Errors: InputError when its package does not load."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     try:
         if args.optimizer == "adamw8bit":
@@ -1338,7 +1338,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """diffusers' schedule `name` as a function of the optimizer step, the same on any number of GPUs."""
+    """Returns diffusers' schedule as a function of the optimizer step, the same on any number of GPUs."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1364,7 +1364,7 @@ MATHEMATICS = """
 
 @dataclass
 class Progress:
-    """Everything that a resume needs besides adapters and optimizer; stored as progress.json."""
+    """All state that a resume needs, besides adapters and optimizer. It is stored as progress.json."""
 
     step: int = 0
     seed: int = 0
@@ -1388,7 +1388,7 @@ COMPARED_BY_CONTENT = ("global_batch", "dataset", "species_distribution", "base_
 
 
 def make_resume_signature(args, accelerator, index, mix):
-    """What must match on resume, besides the base model: flags that change what is learned, data and global batch."""
+    """Returns {name: value} of what must match on resume; the base model is added when it is loaded."""
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
     signature = {name: getattr(args, name) for name in MATHEMATICS}
     signature["mixed_precision"] = accelerator.mixed_precision
@@ -1399,13 +1399,13 @@ def make_resume_signature(args, accelerator, index, mix):
 
 
 def other_flags(args):
-    """{flag: value} of the flags that may differ on resume."""
+    """Returns {flag: value} of the flags that may differ on resume."""
     left_out = ("config", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "allow_batch_change")
     return {k: str(v) for k, v in vars(args).items() if k not in MATHEMATICS and k not in left_out}
 
 
 def list_differences(saved, current):
-    """["--flag: VALUE in the checkpoint, VALUE now"] of the values that differ."""
+    """Returns a text "--flag: VALUE in the checkpoint, VALUE now" for each value that differs."""
     names = {name: name.replace("_", " ") if name in COMPARED_BY_CONTENT else f"--{name}" for name in current}
     different = [name for name, value in current.items() if saved.get(name) != value]
     return [f"{names[name]}: {saved.get(name)!r} in the checkpoint, {current[name]!r} now" for name in different]
@@ -1423,7 +1423,7 @@ def check_resume(saved, current, allow_batch_change=False):
 
 
 def adapter_state_dict(trained):
-    """{"unet.….lora_A.weight": fp32 tensor}: diffusers' keys, encoders' with the `text_model.` that others expect."""
+    """Returns {"unet.….lora_A.weight": fp32 tensor} with diffusers' keys; encoder keys contain `text_model.`."""
     state = {}
     for name, model in trained.items():
         for key, tensor in get_peft_model_state_dict(model).items():
@@ -1436,7 +1436,7 @@ def adapter_state_dict(trained):
 
 
 def load_adapter_state_dict(trained, state):
-    """Restores what adapter_state_dict returned. Errors: ValueError when a tensor is missing or left over."""
+    """Loads what adapter_state_dict returned. Errors: ValueError when a tensor is missing or left over."""
     for name, model in trained.items():
         own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
         own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
@@ -1449,7 +1449,7 @@ def load_adapter_state_dict(trained, state):
 
 
 def adapter_metadata(trained):
-    """Rank, alpha and kind of each model's adapters, as diffusers reads them from the file's header."""
+    """Returns rank, alpha and kind of the adapters, in the form that diffusers reads from a LoRA file."""
     fields = "r lora_alpha lora_dropout target_modules use_dora use_rslora layers_to_transform".split()
     metadata = {}
     for name, model in trained.items():
@@ -1461,9 +1461,9 @@ def adapter_metadata(trained):
 
 
 def kohya_state_dict(trained, adapters):
-    """The tensors of adapter_state_dict under kohya's keys for ComfyUI and A1111; `.alpha` holds the effective alpha.
+    """Renames the tensors of adapter_state_dict to kohya's keys, for ComfyUI and A1111, and adds their alphas.
 
-    kohya's scale is alpha / rank: for rsLoRA, whose scale is alpha / sqrt(rank), alpha * sqrt(rank) is written.
+    kohya scales by alpha / rank and rsLoRA by alpha / sqrt(rank), so for rsLoRA alpha * sqrt(rank) is written.
     """
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     renamed["lora_magnitude_vector"] = "dora_scale"
@@ -1480,7 +1480,7 @@ def kohya_state_dict(trained, adapters):
 
 
 def lora_files(trained, stage):
-    """{file name: write(path)} of both LoRA files of the `trained` models, whose adapters are copied now."""
+    """Copies the adapters now. Returns {file name: write(path)} for both LoRA files."""
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
@@ -1498,17 +1498,17 @@ def lora_files(trained, stage):
 
 
 def save_lora(trained, folder, stage):
-    """Writes both LoRA files into `folder`, making it if necessary. Errors: OSError."""
+    """Writes both LoRA files into `folder`, which is created if necessary. Errors: OSError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, write in lora_files(trained, stage).items():
         write(Path(folder) / name)
 
 
 def checkpoint_files(run):
-    """{file name: write(path)} of everything a resume needs. The state is copied now, so training can continue.
+    """Copies all state that a resume needs. Returns {file name: write(path)}, so training can continue meanwhile.
 
-    There is no per-rank state: every draw is a function of the step, and all ranks hold the same weights. Names and
-    formats are those of Accelerate's save_state, which would make training wait.
+    There is no state per rank: every draw is a function of the step, and all ranks hold the same weights. Names and
+    formats are those of Accelerate's save_state, during which training would have to wait.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -1521,7 +1521,7 @@ def checkpoint_files(run):
 
 
 def load_checkpoint(run, folder):
-    """Restores adapters, optimizer and scaler from what checkpoint_files wrote."""
+    """Restores adapters, optimizer and gradient scaler from a checkpoint."""
     load_adapter_state_dict(run.trained, safetensors.torch.load_file(folder / LORA_FILE))
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
@@ -1536,7 +1536,7 @@ def sync(path):
 
 
 def make_checksums(folder, names):
-    """Text of checksums.json, which is written last: a checkpoint with it is complete."""
+    """Returns the text of checksums.json. It is written last, so a checkpoint that has it is complete."""
 
     def checksum(name):
         with open(folder / name, "rb") as file:
@@ -1628,7 +1628,7 @@ def save_checkpoint(run, last):
 
 
 def append_jsonl(path, rows):
-    """Appends the rows, all or none. Errors: OSError, for instance when the disk is full."""
+    """Appends all rows to a JSONL file, or none. Errors: OSError, for example when the disk is full."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -1640,7 +1640,7 @@ def append_jsonl(path, rows):
 
 
 def note_skipped(args, index, progress, entries, write=True):
-    """Counts replaced samples and adds damaged ones to skipped.jsonl, once each. Errors: InputError for too many."""
+    """Counts replaced samples and lists damaged ones once in skipped.jsonl. Errors: InputError for too many."""
     for entry in entries:
         reason = data.damage_kind(entry)
         progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
@@ -1658,7 +1658,7 @@ def note_skipped(args, index, progress, entries, write=True):
 
 
 def verify_checkpoint(folder):
-    """None when every byte of the checkpoint is as it was written, else what is wrong with it."""
+    """Returns None when every byte of the checkpoint is as it was written, else what is wrong with it."""
     try:
         text = (folder / "checksums.json").read_text()
         sums = json.loads(text)
@@ -1672,7 +1672,7 @@ def verify_checkpoint(folder):
 
 
 def find_checkpoint(args):
-    """(folder, Progress) to resume from, or (None, None); damaged checkpoints are logged and skipped.
+    """Returns (folder, Progress) to resume from, or (None, None). Damaged checkpoints are skipped with a warning.
 
     Errors: InputError when all are damaged, or when another version of the trainer wrote it.
     """
@@ -1701,7 +1701,7 @@ def find_checkpoint(args):
 
 
 def trim_rows(path, progress):
-    """Deletes the rows of a JSONL file that a resume writes again: those after the checkpoint, and half a row."""
+    """Deletes rows of a JSONL file that a resume will write again: rows after the checkpoint, or cut in half."""
     if not path.exists():
         return
     kept = []
@@ -1717,7 +1717,7 @@ def trim_rows(path, progress):
 
 
 def lock_output_dir(output_dir):
-    """Locks the folder until this process ends and deletes what a killed run left half-written. Errors: InputError."""
+    """Locks the folder until this process ends, and deletes leftovers of a killed run. Errors: InputError."""
     descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing unlocks
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
@@ -1740,7 +1740,7 @@ def lock_output_dir(output_dir):
 
 
 def save_run(args, progress, index):
-    """Writes config.yaml (a --config file, never with the token), run.json and copies of the two scripts."""
+    """Writes config.yaml (for --config, without the token) and run.json, and copies the two scripts."""
     output_dir = Path(args.output_dir)
     leave_out = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
     flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out} | {"seed": progress.seed}
@@ -1761,7 +1761,7 @@ def save_run(args, progress, index):
 
 
 def save_model_card(args, metrics, index):
-    """Writes README.md of the LoRA: how it was trained, how to load it, the last sample grid."""
+    """Writes README.md: how the LoRA was trained, how to load it, and the last sample grid."""
     samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
     picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
@@ -1795,7 +1795,7 @@ pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 
 
 def push_to_hub(args):
-    """Uploads LoRA files, card, samples and config.yaml to --hub_model_id."""
+    """Uploads LoRA files, model card, samples and config.yaml to --hub_model_id."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=args.hub_token)
@@ -1812,7 +1812,7 @@ def push_to_hub(args):
 
 @contextmanager
 def evaluating(models):
-    """Context manager: adapted models in eval mode (no LoRA dropout), without gradients, and uncompiled."""
+    """Context manager: puts models with adapters in eval mode, without LoRA dropout, gradients or compilation."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1826,9 +1826,9 @@ def evaluating(models):
 
 
 def validation_requests(index, batch_size, rank, world, max_batches):
-    """[(requests, size)] of this rank: batches of (row, label, step, position) ordered by id; the first `size` count.
+    """Returns this rank's validation batches, [(requests, size)]; requests after the first `size` are padding.
 
-    The position, which seeds the noise, is a hash of the image id: the same in every run, on any number of processes.
+    A request is (row, label, step, position). The position seeds the noise: a hash of the image id, equal in all runs.
     """
     rows = np.argsort(index.id_hashes, kind="stable")
     batches = []
@@ -1842,7 +1842,7 @@ def validation_requests(index, batch_size, rank, world, max_batches):
 
 # Seam: the metric to sweep. Contract: a float in metrics.jsonl, lower is better, the same on any number of processes.
 def compute_validation_loss(run):
-    """Mean unweighted diffusion_loss over the validation samples, each once, noise and timestep fixed per sample."""
+    """Returns the mean unweighted loss over all validation samples; noise and timestep of a sample never change."""
     args = run.args
     accelerator = run.accelerator
     device = accelerator.device
@@ -1870,7 +1870,7 @@ def compute_validation_loss(run):
 
 @contextmanager
 def stock_forward(*modules):
-    """Context manager: removes the output conversion of Accelerate's `forward`, which pipelines do not expect."""
+    """Context manager: removes Accelerate's wrapper of `forward`, whose output pipelines do not expect."""
     wrapped = [(m, m.__dict__.pop("forward")) for m in modules if "forward" in m.__dict__]
     try:
         yield
@@ -1881,7 +1881,7 @@ def stock_forward(*modules):
 
 @contextmanager
 def on_device(device, *modules):
-    """Context manager: moves modules that are kept on the CPU to the device."""
+    """Context manager: moves modules to the device, and those that were on the CPU back at the end."""
     waiting = [module for module in modules if module.device != device]
     for module in waiting:
         module.to(device)
@@ -1893,7 +1893,7 @@ def on_device(device, *modules):
 
 
 def make_pipeline(models):
-    """The stock pipeline of the stage with `models` and the snapshot's sampler."""
+    """Returns diffusers' own pipeline of the stage, with `models` and the snapshot's sampler."""
     parts = {"vae": models.vae, "unet": models.unet, "scheduler": models.sampling_scheduler}
     parts |= {"text_encoder_2": models.text_encoders[-1], "tokenizer_2": models.tokenizers[-1]}
     parts["add_watermarker"] = False
@@ -1908,10 +1908,10 @@ def make_pipeline(models):
 
 
 def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
-    """(H, W, 3) float in [0, 1]: a sample image by the stock pipelines and the snapshot's sampler.
+    """Returns a sample image, (H, W, 3) float in [0, 1], made by diffusers' own pipelines and the snapshot's sampler.
 
-    The noise is made on the CPU, so diffusers makes the same image from the saved file and seed. In the refiner stage
-    the base model runs the first fraction `switch_at` of the steps, as users combine the two.
+    The noise is made on the CPU, so diffusers makes the same image from the saved file and the seed. For the refiner,
+    the base model runs the first fraction `switch_at` of the steps.
     """
     pipeline = make_pipeline(models)
     device = models.unet.device
@@ -1931,7 +1931,7 @@ def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_
 
 
 def draw_grid(images, prompts, columns):
-    """PIL image with one row of images per prompt and the prompt above it; images (n, H, W, 3) uint8, square."""
+    """Returns a PIL image with a row of images per prompt, under the prompt; `images` is (n, S, S, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -1953,7 +1953,7 @@ def draw_grid(images, prompts, columns):
 
 
 def save_samples(run):
-    """Writes samples/step-N.png, whose images all ranks generate together, and logs it to the trackers."""
+    """Generates the sample images on all ranks, writes samples/step-N.png and logs it to the trackers."""
     args = run.args
     accelerator = run.accelerator
     seeds = range(run.progress.seed, run.progress.seed + args.num_validation_images)
@@ -1982,7 +1982,7 @@ def save_samples(run):
 
 
 def log_row(accelerator, row, step):
-    """Logs the row to every tracker; one that cannot write does not stop the others or the run."""
+    """Logs a row to every tracker. A tracker that cannot write stops neither the others nor the run."""
     for tracker in accelerator.trackers:
         fault = try_write(lambda tracker=tracker: tracker.log(row, step=step))
         if fault:
@@ -1990,7 +1990,7 @@ def log_row(accelerator, row, step):
 
 
 def validate(run):
-    """{"val_loss": …} and the best so far, or {} without --val_shards; writes the sample grid. Errors: Preempted."""
+    """Computes the validation loss and writes the sample grid. Returns the metrics, if any. Errors: Preempted."""
     progress = run.progress
     best = progress.best
     metrics = {}
@@ -2044,7 +2044,7 @@ class Run:
 
 
 def make_batches(args, accelerator, progress, index, mix):
-    """(MicroBatches from the run's position to its last step, steps per epoch)."""
+    """Returns (MicroBatches of the remaining steps, steps per epoch)."""
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -2055,7 +2055,7 @@ def make_batches(args, accelerator, progress, index, mix):
 
 
 def train_step(run, batch):
-    """(B,) losses of one micro-step and, after the last one of an update, the gradient norm before clipping."""
+    """Runs one micro-step. Returns its (B,) losses and, at the end of an update, the gradient norm before clipping."""
     args = run.args
     accelerator = run.accelerator
     grad_norm = None
@@ -2082,7 +2082,7 @@ def check_gradients(trained):
 
 @dataclass
 class Report:
-    """What the ranks tell each other about a step; read later, so that no step waits for it."""
+    """What the ranks tell each other about a step. It is read one step later, so that no step waits for it."""
 
     step: int
     sums: torch.Tensor  # (4,) on the CPU, over the ranks: loss, gradient is not finite, stop signal, damaged samples
@@ -2094,7 +2094,7 @@ class Report:
 
 
 def send_report(run, losses, grad_norm, keys, skipped):
-    """Starts the step's Report: the only reduction per optimizer step besides the gradients'."""
+    """Starts the reduction of the step's Report, the only one per step besides that of the gradients."""
     on_gpu = losses.device.type == "cuda"
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
     own = to_device(own, losses.device)
@@ -2106,9 +2106,9 @@ def send_report(run, losses, grad_norm, keys, skipped):
 
 
 def count_nonfinite_step(run, report, loss):
-    """Counts a step whose loss or gradient is not finite; fp16's scaler or --on_nonfinite skip leaves it out.
+    """Counts a step whose loss or gradient is not finite. With fp16 or --on_nonfinite skip, training continues.
 
-    Errors: TrainingError on all ranks together, naming step and samples, without either or after too many in a row.
+    Errors: TrainingError on all ranks together, naming step and samples, otherwise, or after too many such steps.
     """
     progress = run.progress
     progress.nonfinite_steps += 1
@@ -2129,9 +2129,9 @@ def count_nonfinite_step(run, report, loss):
 
 
 def read_reports(run, late=0):
-    """Reads all reports but the newest `late`, equally on every rank; returns whether the last one is not finite.
+    """Reads all reports but the newest `late` into run.progress. Returns whether the last one read is not finite.
 
-    Adds them to run.progress and sets run.stopping, after which no report is left unread.
+    All ranks read the same reports. Sets run.stopping after a stop signal; then no report stays unread.
     """
     is_nonfinite = False
     while len(run.reports) > (0 if run.stopping else late):
@@ -2155,7 +2155,7 @@ def read_reports(run, late=0):
 
 
 def log_metrics(run, bar, grad_norm):
-    """Logs a row of metrics.jsonl and the trackers, with means since the last row; returns it."""
+    """Writes a row of metrics.jsonl and to the trackers, with means since the last row, and returns it."""
     progress = run.progress
     step = progress.step
     last_step, last_time = run.last_log
@@ -2180,7 +2180,7 @@ def log_metrics(run, bar, grad_norm):
 
 
 def validate_or_stop(run):
-    """validate()'s metrics. A validation that a signal prevents or interrupts is run again first on resume."""
+    """Returns validate()'s metrics. If a signal prevents the validation, it is the first thing done on resume."""
     run.progress.validation_due = True
     if run.stopping:
         return {}
@@ -2194,7 +2194,7 @@ def validate_or_stop(run):
 
 
 def update_weights(run):
-    """The optimizer step, unless --on_nonfinite skip leaves it out; advances progress to the next step."""
+    """Runs the optimizer step, unless --on_nonfinite skip skips it, and advances run.progress by one step."""
     progress = run.progress
     may_skip = run.args.on_nonfinite == "skip" and run.accelerator.scaler is None  # a scaler skips by itself
     skip = read_reports(run) if may_skip else False
@@ -2266,7 +2266,7 @@ def train(run):
 
 
 def count_unet(unet, resolution, chunks, stage="base"):
-    """(FLOP, bytes kept for backward) of one image forward and backward through a UNet on the meta device."""
+    """Returns (FLOP, bytes kept for backward) of one image, forward and backward through a UNet on the meta device."""
     config, dtype = unet.config, unet.dtype
     kept = {}  # storage → itself, of every tensor saved for backward
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -2298,7 +2298,7 @@ def count_unet(unet, resolution, chunks, stage="base"):
 
 
 def measure_matmul(device, dtype):
-    """FLOP/s of a large matrix product: an upper bound for any training step."""
+    """Returns the FLOP/s of a large matrix product, an upper bound for any training step."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
     (a @ a @ a)[0, 0].item()  # warm-up
@@ -2311,7 +2311,7 @@ def measure_matmul(device, dtype):
 
 
 def estimate_resources(args, models, trained, device, images):
-    """Memory of a device in bytes, part by part, and the seconds that training on `images` takes at least."""
+    """Returns the memory of a device in bytes, part by part, and the least seconds that `images` images take."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(models.vae.config)
@@ -2347,7 +2347,7 @@ def estimate_resources(args, models, trained, device, images):
 
 
 def log_preview(args, facts, damaged):
-    """Logs what preview.json holds in a few lines."""
+    """Logs the contents of preview.json in a few lines."""
     tokens = facts["caption_tokens"]
     memory = facts["memory_bytes"]
     filled = [bucket["images"] for bucket in facts["buckets"] if bucket["images"]]
@@ -2370,7 +2370,7 @@ def log_preview(args, facts, damaged):
 
 
 def preview(args, accelerator, progress):
-    """--dry_run: writes OUTPUT_DIR/preview and logs the run in a few lines; returns what preview.json holds."""
+    """Does --dry_run: writes OUTPUT_DIR/preview, logs the run in a few lines, returns the contents of preview.json."""
     dataset, mix, _ = make_data(accelerator, args, progress.seed)
     index = dataset.index
     signature = make_resume_signature(args, accelerator, index, mix)
@@ -2410,17 +2410,17 @@ def preview(args, accelerator, progress):
 
 
 def touch_preempt_file():
-    """Tells a batch script, by the file $PREEMPT_FILE, that the run was stopped and wants to continue."""
+    """Creates $PREEMPT_FILE, which tells the batch script that the run was stopped and should be continued."""
     is_main = os.environ.get("RANK", "0") == "0"  # launchers also send SIGTERM to the others when it has failed
     if os.environ.get("PREEMPT_FILE") and is_main and stop.number != signal.SIGINT:
         Path(os.environ["PREEMPT_FILE"]).touch()
 
 
 class SignalListener:
-    """Thread that notes SIGTERM, SIGUSR1 and Ctrl-C in `stop`, also while the main thread waits for another rank.
+    """A thread that notes SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
 
-    It ends the process when there is nothing to save, when no step ends for STOP_SECONDS after a signal, and at a
-    second Ctrl-C. The death of the launcher counts as SIGTERM.
+    It ends the process when there is nothing to save, when no step ends within STOP_SECONDS of a signal, and at a
+    second Ctrl-C. The end of the launcher counts as SIGTERM.
     """
 
     def __init__(self, launcher_pid):
@@ -2435,7 +2435,7 @@ class SignalListener:
         stop.listener = self
 
     def close(self):
-        """Gives the signals back to the program that called main()."""
+        """Restores the signal handlers of the program that called main()."""
         signal.set_wakeup_fd(-1)
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
@@ -2485,7 +2485,7 @@ class SignalListener:
 
 @contextmanager
 def stop_signals():
-    """Makes signals mean "save and exit"; afterwards they belong to the program that called main() again."""
+    """Context manager: signals mean "save and exit". At the end, the caller's handlers are restored."""
     if stop.listener is not None:
         yield
         return
@@ -2497,7 +2497,7 @@ def stop_signals():
 
 
 class JsonlTracker(GeneralTracker):
-    """metrics.jsonl: one JSON object per row, written as soon as it is logged and the disk has room."""
+    """Writes metrics.jsonl, one JSON object per row. Rows that the full disk refuses are written later."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -2523,7 +2523,7 @@ class JsonlTracker(GeneralTracker):
 
 
 def check_world(accelerator):
-    """Errors: InputError when the launcher's processes do not form one group but run side by side."""
+    """Errors: InputError when the launcher's processes do not form one group."""
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         found = f"the launcher started {expected} processes, but each sees {accelerator.num_processes}"
@@ -2531,7 +2531,7 @@ def check_world(accelerator):
 
 
 def make_accelerator(args):
-    """Accelerator with our trackers and without autocast. Errors: InputError for what this machine cannot do."""
+    """Returns an Accelerator with our trackers and no autocast. Errors: InputError for unsupported flags."""
     output_dir = Path(args.output_dir)
     installed = [str(tracker) for tracker in get_available_trackers()]
     choices = {"all": installed, "none": [], **{name: [name] for name in installed}}
@@ -2566,7 +2566,7 @@ def make_accelerator(args):
 
 @contextmanager
 def readable_errors(args):
-    """Turns errors of libraries into a TrainingError that says what happened and what helps."""
+    """Context manager: turns errors of libraries into errors that say what happened and what helps."""
     resume = "the newest checkpoint is intact; continue with --resume_from_checkpoint latest"
     try:
         yield
@@ -2588,7 +2588,7 @@ def readable_errors(args):
 
 
 def prepare_output_dir(accelerator, args):
-    """Makes output_dir and starts this rank's log in it. Errors: InputError when it cannot be written."""
+    """Creates output_dir and starts this rank's log in it. Errors: InputError when it cannot be written."""
     log = Path(args.output_dir) / args.logging_dir / f"rank-{accelerator.process_index}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -2607,7 +2607,7 @@ def prepare_output_dir(accelerator, args):
 
 
 def run_on_main(accelerator, action):
-    """action()'s value on every rank, from the main process. Errors: its InputError, on all ranks together."""
+    """Calls action() on the main process; every rank gets its value, or raises its InputError."""
     answer = None
     if accelerator.is_main_process:
         try:
@@ -2626,7 +2626,7 @@ def run_on_main(accelerator, action):
 
 
 def claim_output_dir(args):
-    """(checkpoint folder or None, its Progress or a new one); locks output_dir. Errors: InputError."""
+    """Locks output_dir. Returns (checkpoint folder, its Progress) or (None, new Progress). Errors: InputError."""
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
     folder, progress = find_checkpoint(args)
@@ -2640,7 +2640,7 @@ def claim_output_dir(args):
 
 
 def load_frozen_models(args, accelerator, progress, signature, index):
-    """The frozen models of --stage. Errors: InputError when they are not those of the checkpoint."""
+    """Loads the frozen models. Errors: InputError when a checkpoint was made with other ones or with other flags."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device)
     set_caption_chunks(args, accelerator, models, index)
@@ -2655,7 +2655,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """(models with DDP where something is trained, trained models by name, optimizer); adapters are added."""
+    """Adds adapters. Returns (models, wrapped in DDP if trained; {name: trained model}; optimizer)."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
@@ -2676,7 +2676,7 @@ def prepare_for_training(args, accelerator, models, progress):
 
 
 def make_run(args, accelerator, progress):
-    """Everything the train loop needs, made in the order of the sections."""
+    """Makes everything that the train loop needs, in the order of the sections."""
     dataset, mix, val_dataset = make_data(accelerator, args, progress.seed)
     index = dataset.index
     raise_if_stopping(accelerator)
@@ -2707,7 +2707,7 @@ def make_run(args, accelerator, progress):
 
 
 def restore_output_dir(run, checkpoint):
-    """Brings output_dir back to where it was at the checkpoint, or empties it, and writes the run's own files."""
+    """Resets output_dir to its state at the checkpoint, or empties it, and writes the files of the run."""
     args = run.args
     output_dir = Path(args.output_dir)
     row_files = [output_dir / "metrics.jsonl", output_dir / "skipped.jsonl"]
@@ -2743,7 +2743,7 @@ def begin(run, checkpoint):
 
 
 def finish(run, metrics):
-    """Writes LoRA files and model card, also of a stopped run; uploads them when asked. Errors: TrainingError."""
+    """Writes LoRA files and model card, even if the run was stopped, and uploads them. Errors: TrainingError."""
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
