@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from compare import assert_same_run
 from harness import (
+    ALONE,
     ROOT,
     assert_ok,
     command,
@@ -283,3 +285,20 @@ def test_a_process_whose_peers_never_come_leaves_after_a_signal(flags, tmp_path,
     child.join(10)
     assert child.exitcode == 0
     assert marker.exists() == (rank == "0")  # else a main process that failed would be requeued for ever
+
+
+def test_a_signal_ends_the_indexing_before_the_next_shard(flags, world, tmp_path, monkeypatch):
+    (shard,) = (world / "data/train").glob("*.tar")
+    for number in range(4):
+        shutil.copy(shard, tmp_path / f"{number}.tar")
+    args = trainer.parse_args(list(map(str, [*flags, "--train_shards", tmp_path, "--output_dir", tmp_path / "run"])))
+    indexed = []
+
+    def index_and_receive_a_signal(path, cache_dir, fields):
+        indexed.append(path)
+        monkeypatch.setattr(trainer.stop, "number", signal.SIGTERM)
+
+    monkeypatch.setattr(sdxl_data, "cached_index_shard", index_and_receive_a_signal)
+    with pytest.raises(trainer.Preempted):
+        trainer.index_shards(ALONE, args, "--train_shards", sdxl_data.Fields())
+    assert len(indexed) == 1
