@@ -57,7 +57,7 @@ logger = logging.getLogger("evaluate")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to evaluate. CLIP compares its images with `clip_prompt`; `species` may be None."""
+    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. `species` may be None."""
 
     id: str
     prompt: str
@@ -92,7 +92,7 @@ POKEFA_PROMPTS = [
 
 
 def parse_prompt(line, number):
-    """Returns the Prompt of a line of JSON. Errors: ValueError naming the field."""
+    """Makes a Prompt of a line of JSON. Raises ValueError naming the field that is wrong."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,7 +112,7 @@ def parse_prompt(line, number):
 
 
 def read_prompts(path=None):
-    """Returns the prompts of a JSONL file, or the default ones. Errors: ValueError naming the line."""
+    """Reads a JSONL file of prompts, or the default prompts. Raises ValueError naming a wrong line."""
     if path is None:
         return [Prompt(id, text, text, species, tuple(tags.split(", "))) for id, species, tags, text in POKEFA_PROMPTS]
     prompts = []
@@ -132,7 +132,7 @@ def read_prompts(path=None):
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate: the base model, alone or with LoRAs. `step` is set for a checkpoint."""
+    """A model to evaluate: the base model, alone or with LoRAs. Only checkpoints have a `step`."""
 
     name: str
     lora: Path | None = None
@@ -141,7 +141,7 @@ class Model:
 
 
 def find_lora(path):
-    """Returns the LoRA file of a path: the file itself, or that of a run or a checkpoint. Errors: ValueError."""
+    """Returns the LoRA file that `path` means: a file, a run or a checkpoint. Raises ValueError if there is none."""
     path = Path(path).expanduser()
     file = path / sdxl_data.LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -150,7 +150,7 @@ def find_lora(path):
 
 
 def list_models(args):
-    """Returns the base model, and one Model for each --lora and checkpoint. Errors: ValueError."""
+    """Lists the models to compare: base, each --lora, each checkpoint. Raises ValueError for a missing LoRA."""
     refiner_lora = find_lora(args.refiner_lora) if args.refiner_lora else None
     models = {"base model": Model("base model")}
 
@@ -236,7 +236,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Returns the checked flags. They are read-only from here on."""
+    """Reads and checks the flags. Nothing changes the result later."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("resolution", "num_inference_steps", "batch_size"):
@@ -310,7 +310,7 @@ class Job:
 
 
 def hash_file(path):
-    """Returns the SHA-256 of a file, or None if `path` is None."""
+    """Returns the SHA-256 of a file, or None for None."""
     if path is None:
         return None
     with open(path, "rb") as file:
@@ -318,7 +318,7 @@ def hash_file(path):
 
 
 def short_hash(*parts):
-    """Returns 12 hex digits, a hash of the values."""
+    """Returns a hash of any values, 12 hex digits."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -332,7 +332,7 @@ IMAGE_FLAGS = """pretrained_model_name_or_path revision variant lora_scale refin
 
 
 def list_jobs(args, models, prompts):
-    """Returns a Job for each model, prompt and seed. Its path changes with everything that changes the image."""
+    """Lists a Job for every model, prompt and seed. Its path changes with anything that changes the image."""
     folder = Path(args.images_dir or Path(args.output_dir) / "images")
     jobs = []
     for model in models:
@@ -348,12 +348,12 @@ def list_jobs(args, models, prompts):
 
 
 def noise_seed(prompt, seed):
-    """Returns the seed of an image's noise. It depends only on the prompt's id and the seed."""
+    """Returns the seed of an image's noise. It depends on the id of the prompt and on the seed, nothing else."""
     return sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)
 
 
 class ImageGenerator:
-    """diffusers' own pipelines, base and optional refiner, with the LoRAs of one model at a time."""
+    """Draws images with diffusers' own pipelines, base and optional refiner, for one Model at a time."""
 
     def __init__(self, args, device):
         self.args = args
@@ -374,7 +374,7 @@ class ImageGenerator:
         return base.to(self.device)
 
     def load_refiner(self):
-        """Returns the refiner's pipeline. It shares all parts but the UNet with the base's."""
+        """Makes the refiner's pipeline. It shares everything but the UNet with the base's."""
         folder = None if (Path(self.args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
         load = UNet2DConditionModel.from_pretrained
         unet = trainer.load_part(self.args, load, folder, "--refiner_unet", **self.options)
@@ -394,7 +394,7 @@ class ImageGenerator:
         return refiner
 
     def use(self, model):
-        """Loads the model's LoRAs. Errors: InputError when one does not fit."""
+        """Loads the LoRAs of a model. Raises InputError if one does not fit."""
         if model == self.loaded:
             return
         # Unload from both before loading into either: they share text_encoder_2.
@@ -408,7 +408,7 @@ class ImageGenerator:
         self.loaded = model
 
     def load_lora(self, flag, pipeline, scaled, file):
-        """Loads a LoRA into a pipeline; --lora_scale goes to `scaled`, the pipeline or its UNet."""
+        """Loads a LoRA into a pipeline and sets its strength. Raises InputError if it does not fit."""
         name = flag.removeprefix("--")
         try:
             pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
@@ -418,7 +418,7 @@ class ImageGenerator:
             raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
 
     def generate(self, prompts, seeds):
-        """Returns a PIL image for each prompt and seed. Its noise is made on the CPU."""
+        """Draws one PIL image for each pair of prompt and seed, from noise made on the CPU."""
         args = self.args
         texts = [prompt.prompt for prompt in prompts]
         side = args.resolution // self.base.vae_scale_factor
@@ -446,7 +446,7 @@ class ImageGenerator:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Returns PIL images of (B, 4, H/8, W/8) latents."""
+        """Decodes latents (B, 4, H/8, W/8) to PIL images."""
         vae = self.base.vae
         pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
         return self.base.image_processor.postprocess(pixels, output_type="pil")
@@ -459,7 +459,7 @@ def write_image(path, image):
 
 
 def generate_images(args, state, jobs):
-    """Generates the images that do not exist yet; the processes share the batches."""
+    """Draws all images that do not exist yet. The processes share the work."""
     batches = []
     for _, group in itertools.groupby(jobs, key=lambda job: job.model):
         group = list(group)
@@ -486,7 +486,7 @@ def generate_images(args, state, jobs):
 
 
 class Clip:
-    """An open_clip model. Errors: InputError naming `flag` when it does not load."""
+    """An open_clip model. Raises InputError naming `flag` if it does not load."""
 
     def __init__(self, name, device, flag="--clip_model"):
         architecture = name
@@ -504,19 +504,19 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images):
-        """Returns (n, D) float32 unit vectors of PIL images."""
+        """Returns the embeddings of PIL images as unit vectors, (n, D) float32."""
         pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
         return self.model.encode_image(pixels.to(self.device), normalize=True).float().cpu().numpy()
 
     @torch.no_grad()
     def embed_texts(self, texts):
-        """Returns (n, D) float32 unit vectors of texts."""
+        """Returns the embeddings of texts as unit vectors, (n, D) float32."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
 
 
 def load_head_layers(path):
-    """Returns [(weight, bias)] of an aesthetic head; code in the file is not executed. Errors: InputError."""
+    """Reads weight and bias of each layer of an aesthetic head, without running code from the file."""
     try:
         if str(path).startswith("http"):
             tensors = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
@@ -534,10 +534,10 @@ def load_head_layers(path):
 
 
 def load_aesthetic_head(path, width):
-    """Returns a function from (n, width) unit vectors to (n,) scores of about 1 to 10: LAION's linear head or MLP.
+    """Loads LAION's aesthetic head, linear or MLP: a function from unit vectors (n, width) to scores (n,) of 1 to 10.
 
-    The MLP has no activations between its layers (github.com/christophschuhmann/improved-aesthetic-predictor). Errors:
-    InputError when the file does not load or its layers do not fit.
+    The MLP has no activations between its layers (github.com/christophschuhmann/improved-aesthetic-predictor). Raises
+    InputError if the file does not load or its layers do not fit.
     """
     layers = load_head_layers(path)
     widths = [width, *(len(bias) for _, bias in layers)]
@@ -556,7 +556,7 @@ def load_aesthetic_head(path, width):
 
 
 def embed_files(state, clip_name, flag, paths):
-    """Returns (n, D) embeddings of image files on every process. They share the work and cache the results."""
+    """Returns CLIP embeddings (n, D) of image files on every process. They share the work and cache it."""
     saved = [path.with_suffix(f".{short_hash(clip_name)}.npy") for path in paths]
     missing = [(path, file) for path, file in zip(paths, saved) if not file.exists()]
     mine = missing[state.process_index :: state.num_processes]
@@ -575,10 +575,10 @@ def embed_files(state, clip_name, flag, paths):
 
 # Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
 def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
-    """Returns {"adherence", "aesthetic", "score"}, (n,) each, of images whose `embeddings` by `clip` are (n, D).
+    """Scores images by their CLIP embeddings (n, D). Returns "adherence", "aesthetic" and "score", (n,) each.
 
-    Adherence is the cosine similarity of image and `prompts[i].clip_prompt`. `aesthetic` holds the (n,) scores of the
-    aesthetic head; if it is None, the score is the adherence.
+    Adherence is the cosine similarity of image and prompt. `aesthetic` holds the scores of the aesthetic head (n,); if
+    it is None, the score is the adherence.
     """
     texts = list(dict.fromkeys(prompt.clip_prompt for prompt in prompts))
     of_text = dict(zip(texts, clip.embed_texts(texts)))
@@ -590,12 +590,12 @@ def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
 
 
 def name_species(embeddings, species, clip, template="{}"):
-    """Returns, for each image, the index into `species` of the name that CLIP finds most similar, (n,)."""
+    """Returns for each image the index of the species that CLIP finds most similar, (n,)."""
     return (embeddings @ clip.embed_texts([template.format(name) for name in species]).T).argmax(axis=1)
 
 
 def diversity_of(embeddings):
-    """Returns the mean cosine distance between (n, D) images of a prompt; NaN for fewer than two images."""
+    """Returns the mean cosine distance between the images of a prompt. It is NaN for a single image."""
     if len(embeddings) < 2:
         return math.nan
     pairs = np.triu_indices(len(embeddings), 1)
@@ -606,10 +606,10 @@ def diversity_of(embeddings):
 
 
 def make_thumbnails(image):
-    """Returns (3, F) float32 unit vectors: small squares at the start, middle and end of the image's long side.
+    """Returns small copies of the start, middle and end of an image's long side, as unit vectors (3, F).
 
-    F is 3 · THUMBNAIL². The mean is subtracted, so the product of two is their correlation. It tells a copy from
-    another image of the same subject, which CLIP cannot, unless the copy is cropped differently.
+    The product of two is their correlation, because the mean is subtracted. It tells a copy from another image of the
+    same subject, which CLIP cannot do. It misses copies that are cropped differently.
     """
     side = min(image.size)
     image = image.convert("RGB")
@@ -625,14 +625,14 @@ def make_thumbnails(image):
 
 
 def mirror_thumbnails(thumbnails):
-    """Returns the (…, F) thumbnails of the mirrored images."""
+    """Returns the thumbnails of the mirrored images, (…, F)."""
     shape = (*thumbnails.shape[:-1], THUMBNAIL, THUMBNAIL, 3)
     return thumbnails.reshape(shape)[..., ::-1, :].reshape(thumbnails.shape)
 
 
 @dataclass
 class Reference:
-    """Images of shards: name "SHARD KEY", place (shard, offset, size), embeddings and thumbnails."""
+    """Training images: their names, their places in the shards, their embeddings and thumbnails."""
 
     names: list
     places: list
@@ -641,7 +641,7 @@ class Reference:
 
 
 def embed_samples(samples, clip, quiet):
-    """Returns [(name, place, embedding, thumbnails)] of the usable images among [(shard, index row)]."""
+    """Returns name, place, embedding and thumbnails of each usable image in `samples`."""
     found = []
     for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
         rows = []
@@ -669,7 +669,7 @@ def write_reference(path, found):
 
 
 def embed_shards(state, args, shards):
-    """Returns the Reference of all usable images in `shards`, cached in --output_dir. Processes share the work."""
+    """Embeds all usable images of some shards, or reads the cached result. The processes share the work."""
     opened = [sdxl_data.Shard(path, args.cache_dir or args.output_dir) for path in sdxl_data.expand_shards(shards)]
     stamps = [(shard.path, shard.stamp) for shard in opened]
     cached = Path(args.output_dir) / f"shards-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
@@ -690,10 +690,10 @@ def embed_shards(state, args, shards):
 
 
 def find_nearest(vectors, reference, itself=False):
-    """Returns (similarity, index), (n,) each, of the image in `reference` (m, views, F) nearest to each of `vectors`.
+    """Finds for each image in `vectors` the nearest one in `reference`. Returns similarities and indices, (n,) each.
 
-    `vectors` is (n, views, F). The similarity of two images is that of their most similar views. With `itself`, both
-    are the same images, and no image is compared with itself.
+    Both are (images, views, F); the similarity of two images is that of their most similar views. Set `itself` if both
+    are the same images: an image is then not compared with itself.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []
@@ -709,7 +709,7 @@ def find_nearest(vectors, reference, itself=False):
 
 
 def compare_with_training(embeddings, thumbnails, reference, itself=False):
-    """Returns {"nearest_similarity", "copy_similarity", "nearest"}, (n,) each, of n square images.
+    """Finds the nearest training images. Returns "nearest_similarity", "copy_similarity" and "nearest", (n,) each.
 
     The first is by CLIP. The second is the correlation of thumbnails, also mirrored; "nearest" is the index by it.
     """
@@ -720,7 +720,7 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
 
 
 def describe_held_out(held_out, reference):
-    """Returns how similar held-out images are to training images. Images beyond "copy_limit" count as copies."""
+    """Returns how similar unseen images are to training images. Beyond "copy_limit", an image counts as a copy."""
     middles = held_out.thumbnails[:, 1]
     found = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
     return {
@@ -733,7 +733,7 @@ def describe_held_out(held_out, reference):
 
 @dataclass
 class Scores:
-    """The scores of the images of all jobs."""
+    """The results for the images of all jobs."""
 
     rows: list  # what per_image.csv holds
     embeddings: np.ndarray  # (models, prompts, seeds, D)
@@ -753,7 +753,7 @@ def add_species(rows, named):
 
 
 def add_copies(rows, found, reference, limit):
-    """Adds the results of compare_with_training to the rows."""
+    """Adds the similarities to training images, and whether an image counts as a copy."""
     is_copy = found["copy_similarity"] > limit
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])
@@ -763,7 +763,7 @@ def add_copies(rows, found, reference, limit):
 
 
 def score_all(args, state, models, prompts, jobs):
-    """Scores the images of all jobs. Returns Scores on the main process and None on the others."""
+    """Scores all images. The main process returns Scores, the others None."""
     paths = [job.path for job in jobs]
     embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
     aesthetic = None
@@ -804,7 +804,7 @@ def score_all(args, state, models, prompts, jobs):
 
 
 def bootstrap(values, groups):
-    """Returns {"mean", "low", "high", "count"}, a 95 % interval of the mean; prompts are resampled as a whole."""
+    """Returns the mean and its 95 % interval. Prompts are resampled, each with all its images."""
     values = np.asarray(values, dtype=np.float64)
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(codes, weights=values)
@@ -827,7 +827,7 @@ METRICS = {
 
 
 def summarise(models, rows):
-    """Returns {model: {metric: interval, "vs_base": {metric: interval of the paired difference}}}."""
+    """Returns, for each model and metric, the mean with its interval, and the difference from the base model."""
     of_base = {(row["prompt_id"], row["seed"]): row for row in rows if row["model"] == models[0].name}
     summary = {}
     for model in models:
@@ -866,7 +866,7 @@ def versions():
 
 
 def make_metrics(args, models, prompts, scores):
-    """Returns the contents of metrics.json."""
+    """Returns the content of metrics.json."""
     summary = summarise(models, scores.rows)
     add_diversity(summary, prompts, scores.embeddings)
     for entry in summary.values():
@@ -956,9 +956,9 @@ SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(-
 
 
 def render_page(body, title, **values):
-    """Returns an HTML page. `body` is Jinja2 source that may use `title` and `values`.
+    """Makes an HTML page. `body` is Jinja2 source that may use `title` and `values`.
 
-    Values are escaped unless they are Markup. Errors: jinja2.UndefinedError for a name without a value.
+    Values are escaped unless they are Markup. Raises jinja2.UndefinedError for a name without a value.
     """
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({"layout": LAYOUT, "body": body}),
@@ -971,7 +971,7 @@ def render_page(body, title, **values):
 
 
 def figure_svg(figure, label):
-    """Returns a matplotlib Figure as inline SVG that fills the available width; screen readers read the label."""
+    """Turns a matplotlib Figure into inline SVG that fills the available width. Screen readers read the label."""
     encoded = io.StringIO()
     # No date and a fixed salt: equal figures give equal text. Text stays text, so that fonts come from the page.
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -993,7 +993,7 @@ def figure_svg(figure, label):
 
 
 def data_uri(image, side=None):
-    """Returns the image as a data URI, scaled down to at most `side` px."""
+    """Returns an image as a data URI, scaled down to at most `side` px."""
     image = image.convert("RGB")
     if side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -1083,7 +1083,7 @@ Their CLIP similarity is {{ "%.3f" % held_out.nearest_similarity }}.</p>
 
 
 def format_interval(interval, metric, signed=False):
-    """Returns the Markup of a mean and its interval. Shares are in percent."""
+    """Formats a mean and its interval as Markup. Shares are shown in percent."""
     is_share = metric in ("right", "copy")
     scale = 100 if is_share else 1
     unit = " %" if is_share else ""
@@ -1093,7 +1093,7 @@ def format_interval(interval, metric, signed=False):
 
 
 def plot_over_steps(models, summary, metric):
-    """Returns a Figure of a metric over the checkpoints' steps, with intervals and the base model as a dashed line."""
+    """Plots a metric and its interval over the checkpoints' steps, with the base model as a dashed line."""
     steps = [model.step for model in models if model.step is not None]
     entries = [summary[model.name][metric] for model in models if model.step is not None]
     mean, low, high = ([entry[key] for entry in entries] for key in ("mean", "low", "high"))
@@ -1113,7 +1113,7 @@ def plot_over_steps(models, summary, metric):
 
 
 def first_of_each(rows, group_of, count):
-    """Returns the first row of each group, at most `count`, so that no image is shown twice."""
+    """Returns the first row of each group, but at most `count` rows."""
     groups = {}
     for row in rows:
         groups.setdefault(group_of(row), row)
@@ -1121,7 +1121,7 @@ def first_of_each(rows, group_of, count):
 
 
 def find_copies(args, rows, reference, count=8):
-    """Returns [(row, data URI of the training image)] of the images that are most similar to one."""
+    """Returns the images that are most similar to a training image, each with that image as a data URI."""
     ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
     copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
@@ -1204,7 +1204,7 @@ def report_to_wandb(args, rows, summary):
 
 
 def set_up_logging(is_main_process):
-    """Makes only the main process log, and silences the libraries."""
+    """Lets only the main process log, and silences the libraries."""
     logger.handlers = [logging.StreamHandler()]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
@@ -1222,7 +1222,7 @@ def log_summary(summary):
 
 
 def main(argv=None):
-    """Generates the images, scores them and writes the report. Returns the contents of metrics.json."""
+    """Draws the images, scores them and writes the report. Returns the content of metrics.json."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=trainer.GROUP_TIMEOUT)])

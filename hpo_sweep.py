@@ -109,13 +109,13 @@ def make_parser():
 
 
 def split_words(argv):
-    """Returns (words before --, words after it)."""
+    """Splits a command line at -- into the sweep's own words and the others."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
 
 def read_yaml(flag, path):
-    """Returns the mapping in a YAML file. Errors: InputError that names the flag."""
+    """Reads a YAML file. Raises InputError naming the flag if it cannot be read or is not a mapping."""
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -126,7 +126,7 @@ def read_yaml(flag, path):
 
 
 def parse_own_flags(argv):
-    """Returns (the sweep's own flags, checked; the words after --)."""
+    """Reads and checks the sweep's own flags. Also returns the words after --."""
     own, words = split_words(argv)
     parser = make_parser()
     args = parser.parse_args(own)
@@ -217,7 +217,7 @@ class Parameter:
     when: tuple = ()  # ((flag, value), …)
 
     def describe(self):
-        """Returns {field: value} for the study's signature, without fields that are not set."""
+        """Returns the fields that are set, for the study's signature."""
         fields = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         fields["when"] = list(self.when)
         return fields
@@ -249,7 +249,7 @@ class Parameter:
 
 
 def read_parameter(flag, row, whole):
-    """Returns the Parameter of a row of --search_space. Errors: ValueError that says what is wrong."""
+    """Makes a Parameter of a row of --search_space. Raises ValueError saying what is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r}; expected low and high, or choices")
     unknown = set(row) - {"low", "high", "log", "choices", "when"}
@@ -274,7 +274,7 @@ def read_parameter(flag, row, whole):
 
 
 def make_search_space(path, given, trainer_args):
-    """Returns the Parameters, each after those that its `when` names. Errors: InputError naming file and flag."""
+    """Lists the Parameters to search. Raises InputError naming the file and the flag if one is wrong."""
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
     source = f"--search_space: {path or 'the default'}"
     actions = {action.dest: action for action in trainer.make_parser()._actions}
@@ -304,7 +304,7 @@ def make_search_space(path, given, trainer_args):
 
 
 def corner_values(space):
-    """Yields {flag: value} for each corner of each parameter, while the other parameters keep their first corner."""
+    """Yields {flag: value} for each corner of each parameter, while the others keep their first corner."""
     first = {p.flag: p.corners()[0] for p in space}
     for parameter in space:
         for value in parameter.corners():
@@ -315,7 +315,7 @@ def corner_values(space):
 
 
 def suggest_flags(trial, sweep):
-    """Returns {flag: value} that the sampler proposes for a trial."""
+    """Returns the values that the sampler proposes for a trial, as {flag: value}."""
     fixed = vars(sweep.trainer_args)
     values = {}
     for parameter in sweep.space:
@@ -331,7 +331,7 @@ def suggest_flags(trial, sweep):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parsed command line: the sweep's own flags, those of every trial and evaluation, and the search space."""
+    """A parsed command line: the sweep's flags, those of every trial and evaluation, and the search space."""
 
     args: object
     trainer_flags: dict  # the flags given after --, with absolute paths
@@ -345,7 +345,7 @@ class Sweep:
 
     @property
     def lock(self):
-        """A lock held while deciding who runs which trial. The kernel releases it when a process is killed."""
+        """A lock to hold while deciding who runs which trial. It is released even if its process is killed."""
         return filelock.FileLock(self.folder / ".lock")
 
     @property
@@ -365,7 +365,7 @@ class Sweep:
         return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
 
     def signature(self):
-        """Returns {name: value} of what must be the same in all commands that work on one study."""
+        """Returns what must be the same in all commands that work on one study."""
         names = ("objective", "trial_steps", "seed", "startup_trials", "pruner", "pruning_warmup")
         signature = {name: getattr(self.args, name) for name in names}
         signature["trainer"] = self.trainer_flags
@@ -375,7 +375,7 @@ class Sweep:
 
 
 def make_absolute(value):
-    """Returns the absolute path of an existing file or folder, and any other value unchanged."""
+    """Makes the path of an existing file or folder absolute. Returns any other value unchanged."""
     if isinstance(value, list):
         return [make_absolute(item) for item in value]
     if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
@@ -384,7 +384,7 @@ def make_absolute(value):
 
 
 def given_flags(parser, words):
-    """Returns {flag: value} of the flags that were given, also in --config. Paths are made absolute."""
+    """Returns the flags that were given, here or in --config, as {flag: value} with absolute paths."""
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
@@ -394,7 +394,7 @@ def given_flags(parser, words):
 
 
 def to_words(flags):
-    """Returns the command line for {flag: value}. True becomes --flag, False --no-flag; None is left out."""
+    """Makes a command line of {flag: value}. True becomes --flag, False --no-flag; None is left out."""
     words = []
     for name, value in flags.items():
         if value is True:
@@ -409,7 +409,7 @@ def to_words(flags):
 
 
 def make_evaluation(args, trainer_args):
-    """Returns {flag: value} for evaluate.py, the same for every trial. Errors: InputError."""
+    """Returns the flags for evaluate.py, the same for every trial. Raises InputError if they are wrong."""
     flags = {"resolution": trainer_args.resolution}
     for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
         flags[name] = make_absolute(getattr(trainer_args, name))
@@ -433,7 +433,7 @@ def make_evaluation(args, trainer_args):
 
 
 def refusal_of(flags):
-    """Returns the trainer's error message for these flags, or None when it accepts them."""
+    """Returns the trainer's error message for these flags, or None if it accepts them."""
     with contextlib.redirect_stderr(io.StringIO()) as output:
         try:
             trainer.parse_args(to_words(flags))
@@ -443,7 +443,7 @@ def refusal_of(flags):
 
 
 def parse_args(argv=None):
-    """Returns the Sweep of a command line. Every flag passes the checks of the script that will receive it."""
+    """Reads a command line. Every flag passes the checks of the script that will receive it."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args, words = parse_own_flags(argv)
     parser = make_parser()
@@ -482,14 +482,14 @@ def parse_args(argv=None):
 
 
 def drop_torn_line(journal):
-    """Removes a last line that a crash of the machine left incomplete; Optuna could not read the journal with it."""
+    """Removes an incomplete last line, left by a crash, with which Optuna could not read the journal."""
     data = journal.read_bytes() if journal.exists() else b""
     if data and not data.endswith(b"\n"):
         os.truncate(journal, data.rfind(b"\n") + 1)
 
 
 def open_study(sweep):
-    """Returns the study, creating it if necessary. Errors: InputError when it was started with other flags."""
+    """Opens or creates the study. Raises InputError if it was started with other flags."""
     storage = sweep.args.storage
     if storage is None:
         journal = sweep.folder / "study.journal"
@@ -515,7 +515,7 @@ def open_study(sweep):
 
 
 def make_sampler(sweep, proposal):
-    """Returns a TPE sampler. Its seed depends on --seed and the number of proposals, so a restart changes nothing."""
+    """Makes a TPE sampler. Its seed depends on --seed and the number of proposals, so a restart changes nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
@@ -536,12 +536,12 @@ def make_pruner(sweep):
 
 
 def worker_id():
-    """Returns "host pid start" of this process. The start time is needed because pids are reused."""
+    """Returns host, pid and start time of this process. The start time is needed because pids are reused."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
 def is_alive(worker, folder):
-    """Returns whether the worker of a trial still runs. For another machine, its heartbeat file decides."""
+    """Returns whether the worker of a trial still runs. If it is on another machine, its heartbeat file decides."""
     if worker is None:
         return False
     host, pid, started = worker.split()
@@ -565,7 +565,7 @@ def trial_folder(sweep, trial):
 
 
 def trial_flags(sweep, folder, searched):
-    """Returns all flags of a trial, for its trial.yaml."""
+    """Returns all flags of a trial. They are written to its trial.yaml."""
     steps = sweep.args.trial_steps
     defaults = {
         "report_to": "none",
@@ -590,7 +590,7 @@ def write_yaml(path, content):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Context manager: signals set `stop`. At the end, the caller's handlers are restored."""
+    """Within this context, signals set `stop`. Then the caller's handlers are restored."""
     previous = {number: signal.signal(number, stop.receive) for number in STOP_SIGNALS}
     try:
         yield
@@ -601,7 +601,7 @@ def stop_signals():
 
 
 def die_with_parent():
-    """Asks Linux, in a child process, to send it SIGTERM when the sweep dies, even by SIGKILL."""
+    """Asks Linux, in a child process, for SIGTERM when the sweep dies, even if the sweep is killed."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -610,7 +610,7 @@ def die_with_parent():
 
 
 def start_child(command, log, variables):
-    """Starts a command with extra environment variables, in its own session, so Ctrl-C reaches only the sweep."""
+    """Starts a command with more environment variables, in its own session, so Ctrl-C reaches only the sweep."""
     environment = dict(os.environ)
     environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
     environment.update(variables)
@@ -643,7 +643,7 @@ def end_child(child):
 
 
 def end_leftovers(folder):
-    """Ends trainers and evaluations on this machine that still work in the trial of a dead worker."""
+    """Ends processes on this machine that still work on the trial of a dead worker."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
         ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
@@ -668,7 +668,7 @@ def launch(sweep, script, words):
 
 
 def take_over_trial(study, sweep):
-    """Returns a trial whose worker is gone, to continue it where it stopped, or None."""
+    """Returns a trial whose worker is gone, so that it can be continued, or None."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         folder = trial_folder(sweep, frozen)
         if not is_alive(frozen.user_attrs.get("worker"), folder):
@@ -691,7 +691,7 @@ def enqueue_second_attempts(study):
 
 
 def ask_trial(study, sweep):
-    """Returns the next second attempt, or else a new proposal; None when the study has all its trials."""
+    """Returns the next second attempt or a new proposal, or None if the study has all its trials."""
     enqueue_second_attempts(study)
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     proposals = [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
@@ -702,7 +702,7 @@ def ask_trial(study, sweep):
 
 
 def claim_trial(study, sweep):
-    """Returns (Trial, its folder) for this process to run, or None when none is left. Needs the sweep's lock."""
+    """Returns a trial for this process to run and its folder, or None. The caller must hold the sweep's lock."""
     trial = take_over_trial(study, sweep)
     if trial is None:
         trial = ask_trial(study, sweep)
@@ -719,11 +719,11 @@ def claim_trial(study, sweep):
 
 
 class TrialFailed(Exception):
-    """The reason why a trial failed. It begins with "killed" when one of its processes was ended from outside."""
+    """The reason why a trial failed. It begins with "killed" if one of its processes was ended from outside."""
 
 
 def validation_rows(folder):
-    """Returns [(step, validation loss)] that a run has logged so far, each step once."""
+    """Returns (step, validation loss) of everything that a run has logged so far, each step once."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -737,7 +737,7 @@ def validation_rows(folder):
 
 
 def read_log(path):
-    """Returns the text of a log. Progress bars overwrite their line with \r; here each state becomes a line."""
+    """Returns the text of a log, with a line for each state of a progress bar."""
     return path.read_text(errors="replace").replace("\r", "\n")
 
 
@@ -759,9 +759,9 @@ def read_reason(log, code):
 
 
 def watch(child, folder, on_poll=lambda: None):
-    """Waits for a child and calls `on_poll` regularly. The child is ended when `on_poll` raises.
+    """Waits for a child and calls `on_poll` again and again. If that raises an error, the child is ended.
 
-    Errors: TrialFailed when the child failed, KeyboardInterrupt when the sweep received a signal.
+    Raises TrialFailed if the child failed, and KeyboardInterrupt if the sweep received a signal.
     """
     last_beat = 0.0
     try:
@@ -787,7 +787,7 @@ def watch(child, folder, on_poll=lambda: None):
 
 
 def child_environment(sweep, **variables):
-    """Returns extra environment variables for a child process."""
+    """Returns the environment variables that a child gets in addition."""
     variables["WANDB_RUN_GROUP"] = sweep.args.study_name
     variables["PYTHONWARNINGS"] = "ignore"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -796,7 +796,7 @@ def child_environment(sweep, **variables):
 
 
 def train(sweep, study, trial, folder):
-    """Runs the trainer on trial.yaml. Errors: TrialPruned for a poor validation loss, and those of `watch`."""
+    """Runs the trainer on trial.yaml. Raises TrialPruned if the validation loss is poor, and what `watch` raises."""
     reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
     checked = set(sorted(reported)[:-1])  # the sweep may have died before it could prune at the last reported step
     sign = -1 if sweep.directions[0] == "maximize" else 1  # the pruner compares in the study's direction
@@ -826,7 +826,7 @@ def train(sweep, study, trial, folder):
 
 
 def score_trial(sweep, folder):
-    """Runs evaluate.py on the LoRA of a trial. Errors: those of `watch`."""
+    """Runs evaluate.py on the LoRA of a trial. Raises what `watch` raises."""
     flags = dict(sweep.evaluation)
     flags["output_dir"] = str(folder / "evaluation")
     flags["images_dir"] = str(sweep.folder / "images")
@@ -839,7 +839,7 @@ def score_trial(sweep, folder):
 
 
 def read_values(sweep, trial, path):
-    """Returns the value of each objective in metrics.json, and stores all its metrics in the trial."""
+    """Returns the value of each objective, from metrics.json. Stores all its metrics in the trial."""
     models = json.loads(path.read_text())["models"]
     entry = list(models.values())[-1]  # the first is the base model
     trial.set_user_attr("metrics", {name: entry[name] for name in evaluate.METRICS if name in entry})
@@ -850,7 +850,7 @@ def read_values(sweep, trial, path):
 
 
 def run_trial(sweep, study, trial, folder):
-    """Runs or continues a trial; returns (TrialState, values, reason). Errors: KeyboardInterrupt after a signal."""
+    """Runs or continues a trial. Returns its state, values and reason. Raises KeyboardInterrupt after a signal."""
     metrics_file = folder / "evaluation/metrics.json"
     try:
         if not metrics_file.exists():  # it exists when the sweep died before it could record the result
@@ -867,7 +867,7 @@ def run_trial(sweep, study, trial, folder):
 
 
 def tell(study, trial, folder, state, values, reason):
-    """Records the result of a trial. Needs the sweep's lock."""
+    """Records the result of a trial. The caller must hold the sweep's lock."""
     if reason:
         trial.set_user_attr("reason", reason)
     if state == TrialState.FAIL:
@@ -886,7 +886,7 @@ def ranked(study):
 
 
 def remove_big_files(study, sweep):
-    """Deletes weights and images of all finished trials except the best --keep_trials. Needs the sweep's lock."""
+    """Deletes weights and images of all but the best --keep_trials trials. The caller must hold the lock."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     busy = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     kept = [trial_folder(sweep, t) for t in [*ranked(study)[: sweep.args.keep_trials], *busy]]
@@ -908,13 +908,13 @@ def remove_big_files(study, sweep):
 
 
 def decode_params(sweep, params):
-    """Returns {flag: value} for the trainer, from the values that Optuna stores."""
+    """Turns the values that Optuna stores into {flag: value} for the trainer."""
     encoded = {parameter.flag for parameter in sweep.space if parameter.stored_as_json}
     return {name: json.loads(value) if name in encoded else value for name, value in params.items()}
 
 
 def validation_losses(trial):
-    """Returns {step: validation loss}. A study that maximizes stores them with a minus sign, see `train`."""
+    """Returns {step: validation loss} of a trial. A study that maximizes stores them with a minus sign."""
     return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
 
 
@@ -940,7 +940,7 @@ def write_best_params(study, sweep):
 
 
 def table_row(sweep, trial):
-    """Returns {column: value} of a trial, for trials.csv and the report."""
+    """Returns {column: value} of a trial, for trials.csv and for the report."""
     names = sweep.metrics or ("val_loss",)
     params = decode_params(sweep, trial.params)
     losses = list(validation_losses(trial).values())
@@ -966,7 +966,7 @@ def write_trials_csv(study, sweep):
 
 
 def label_choices(axes):
-    """Shortens and slants the labels of choices where they would overlap."""
+    """Shortens and slants the names of choices on an axis where they would overlap."""
     names = [label.get_text() for label in axes.get_xticklabels()]
     names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     slanted = max(map(len, names)) * len(names) > 40
@@ -975,7 +975,7 @@ def label_choices(axes):
 
 
 def restyle(axes):
-    """Gives Axes made by Optuna the style of the page, and makes small charts readable."""
+    """Gives a chart made by Optuna the style of the page, and makes small charts readable."""
     axes.set_title("", loc="center")
     axes.set_title("", loc="left")
     axes.set_facecolor("none")
@@ -999,7 +999,7 @@ def restyle(axes):
 
 
 def draw_chart(study, plot, caption, **options):
-    """Returns (caption, inline SVG) of the chart that `plot(study, **options)` draws with pyplot."""
+    """Calls plot(study, **options), which draws with pyplot. Returns the caption and the chart as inline SVG."""
     from matplotlib import pyplot  # here, since an import at the top would delay every start
 
     pyplot.switch_backend("Agg")  # no window
@@ -1029,7 +1029,7 @@ def plot_validation_losses(study):
 
 
 def draw_charts(study, sweep):
-    """Returns {heading: [(caption, SVG)]} of the charts for which there are enough trials."""
+    """Draws all charts for which there are enough trials: {heading: [(caption, SVG)]}."""
     plots = optuna.visualization.matplotlib  # Optuna imports it at this first use
     trials = study.get_trials(deepcopy=False)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -1055,7 +1055,7 @@ def draw_charts(study, sweep):
 
 
 def read_grid(sweep, trial):
-    """Returns the first six rows of the evaluation's grid as a data URI, or None without a grid."""
+    """Returns the first six rows of an evaluation's grid as a data URI, or None if there is no grid."""
     path = trial_folder(sweep, trial) / "evaluation/grid.png"
     if not path.exists():
         return None
@@ -1144,7 +1144,7 @@ def write_report(study, sweep, argv):
 
 
 def write_outputs(study, sweep, argv):
-    """Writes best_params.yaml, trials.csv and report.html. Needs the sweep's lock."""
+    """Writes best_params.yaml, trials.csv and report.html. The caller must hold the sweep's lock."""
     write_best_params(study, sweep)
     write_trials_csv(study, sweep)
     write_report(study, sweep, argv)
@@ -1190,7 +1190,7 @@ def run_trials(sweep, argv):
 
 
 def split_gpus(visible, workers, each):
-    """Returns CUDA_VISIBLE_DEVICES for each worker, given this process's; None for each without GPUs."""
+    """Divides the visible GPUs among the workers, as CUDA_VISIBLE_DEVICES of each, or None without GPUs."""
     gpus = [gpu for gpu in visible.split(",") if gpu]
     if not gpus:
         return [None] * workers
@@ -1219,7 +1219,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Runs the sweep. Returns the exit status: 0 when complete or stopped by a scheduler, 130 after Ctrl-C."""
+    """Runs the sweep. Returns the exit status: 0 if complete or stopped by a scheduler, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]

@@ -110,7 +110,7 @@ class Parser(configargparse.ArgParser):
 
 
 def make_base_parser(usage, description):
-    """Returns the parser of all three scripts: flags come from a YAML file or the command line, unabbreviated."""
+    """Returns the parser for all three scripts. Flags may come from a YAML file and cannot be abbreviated."""
     return Parser(
         usage=usage, description=description, config_file_parser_class=configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=118),
@@ -124,7 +124,7 @@ ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK, BUCKET 
 
 
 def hash64(*parts):
-    """Returns the uint64 hash of integers, by chained splitmix64 (Steele et al., OOPSLA 2014). Arrays broadcast."""
+    """Returns a uint64 hash of integers or arrays: chained splitmix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         state = np.uint64(0x9E3779B97F4A7C15)
         for part in parts:
@@ -136,22 +136,22 @@ def hash64(*parts):
 
 
 def uniform(*parts):
-    """Returns float64 numbers in [0, 1): the top 53 bits of hash64."""
+    """Returns random numbers in [0, 1), float64, that depend only on the arguments (see hash64)."""
     return (hash64(*parts) >> np.uint64(11)) * 2.0**-53
 
 
 def torch_seed(*parts):
-    """Returns hash64 as a seed that torch.Generator accepts."""
+    """Returns a seed for torch.Generator that depends only on the arguments (see hash64)."""
     return int(hash64(*parts) >> np.uint64(1))
 
 
 def hash_text(text):
-    """Returns the uint64 hash of a string, the same on every machine."""
+    """Returns a uint64 hash of a string. It is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def write_file(path, *parts):
-    """Writes bytes atomically. When it returns, the file is complete and on the disk."""
+    """Writes bytes atomically: when this returns, the file is complete and on the disk."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         file.writelines(parts)
@@ -161,7 +161,7 @@ def write_file(path, *parts):
 
 
 def write_safetensors(path, tensors, metadata):
-    """Writes a safetensors file with a sorted header, so that equal tensors give equal bytes."""
+    """Writes a safetensors file. Its header is sorted, so equal tensors give equal files."""
     import safetensors.torch
 
     raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
@@ -172,7 +172,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 def list_checkpoints(output_dir):
-    """Returns [(step, folder)] of the checkpoints in `output_dir`, oldest first."""
+    """Returns the checkpoints in `output_dir` as (step, folder), oldest first."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(output_dir).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -183,17 +183,17 @@ def list_checkpoints(output_dir):
 
 
 def is_remote(path):
-    """Returns whether `path` is a URL or a pipe rather than a local file."""
+    """Returns whether `path` is a URL or a pipe, not a local file."""
     return re.match(r"[a-z][a-z0-9]+:", path) is not None
 
 
 def looks_like_path(name):
-    """Returns whether the value of a PATH|ID flag is a local folder rather than a hub id such as user/model."""
+    """Returns whether `name` is meant as a local folder, not as a hub id such as user/model."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def expand_pattern(pattern):
-    """Returns the paths and URLs that one pattern stands for, in order. They may not exist."""
+    """Returns the paths and URLs that a pattern stands for, in order. Does not check that they exist."""
     if Path(pattern).is_dir():
         return sorted(map(str, Path(pattern).glob("*.tar")))
     if pattern.startswith("pipe:") and "{" not in pattern:
@@ -206,9 +206,9 @@ def expand_pattern(pattern):
 
 
 def expand_shards(patterns):
-    """Returns the paths and URLs of shards: .tar files, folders of them (also in a bucket), brace patterns, pipes.
+    """Returns the paths and URLs that patterns stand for: .tar files, folders of them, buckets, braces, pipes.
 
-    Errors: ValueError when a pattern matches nothing or names a local file that does not exist.
+    Raises ValueError if a pattern matches nothing or names a local file that does not exist.
     """
     shards = []
     for pattern in patterns:
@@ -223,7 +223,7 @@ def expand_shards(patterns):
 
 
 def read_species_csv(path):
-    """Returns {casefolded label: count}. Errors: ValueError for a missing column or a bad count."""
+    """Returns {label in lower case: count}. Raises ValueError if a column is missing or a count is wrong."""
     counts = Counter()
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file)
@@ -246,7 +246,7 @@ def read_species_csv(path):
 
 
 def retry(action, path):
-    """Returns action(). Repeats it when the network or the server fails. Errors: OSError naming `path` in the end."""
+    """Calls action() until it succeeds, and returns its value. Raises OSError after too many failures."""
     import aiohttp  # takes 0.2 s, and only remote shards need it
 
     for attempt in range(1, IO_ATTEMPTS + 1):
@@ -261,7 +261,7 @@ def retry(action, path):
 
 
 def copy_shard(path, stamp, cache_dir):
-    """Downloads a URL, or runs a pipe's command, into `cache_dir`, once per machine. Returns the path of the copy."""
+    """Copies a URL, or the output of a pipe, to `cache_dir`, once per machine. Returns the path of the copy."""
     folder = Path(cache_dir) / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{hash_text(f'{path} {stamp}'):016x}.tar"
@@ -289,10 +289,10 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """The bytes of a shard or an image file: local, or a URL read by byte ranges, or copied if it allows no ranges.
+    """Reads a shard or an image file: local, or by URL. A URL is copied first if its server cannot send parts.
 
-    `stamp` changes with the content: size and time of a file, size and ETag of a URL; it is constant for a pipe.
-    An object belongs to the process that made it: connections do not survive a fork.
+    `stamp` changes when the file does: its size and time, or for a URL its size and ETag. A pipe's never changes.
+    Each process makes its own objects, because connections do not survive a fork.
     """
 
     def __init__(self, path, cache_dir):
@@ -311,7 +311,7 @@ class Shard:
             self.size = self.filesystem.size(self.url)
 
     def allows_ranges(self):
-        """Returns whether the web server can send a part of a file."""
+        """Returns whether the web server can send parts of a file."""
         request = urllib.request.Request(self.path, headers={"Range": "bytes=0-0"})
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status == 206
@@ -326,7 +326,7 @@ class Shard:
         return f"{self.size} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
-        """Checks that the shard has not changed; remote ones once a minute. Errors: OSError if it has."""
+        """Raises OSError if the shard is not the indexed one. Looks at remote shards only once a minute."""
         if is_remote(self.path) and time.monotonic() - self.checked < STAMP_SECONDS:
             return
         self.stamp = self.current_stamp()
@@ -341,13 +341,13 @@ class Shard:
         return data
 
     def read(self, offset, size):
-        """Returns `size` bytes from `offset`. Errors: OSError when there are fewer, or the network keeps failing."""
+        """Returns `size` bytes from `offset`. Raises OSError if there are fewer or the network fails."""
         if is_remote(self.path):
             return retry(lambda: self.read_once(offset, size), self.path)
         return self.read_once(offset, size)
 
     def peek(self, offset, size):
-        """Like read(), but reads READ_AHEAD bytes at once and keeps them: most members of a tar are small."""
+        """Does what read() does, but reads READ_AHEAD bytes at once, because most tar members are small."""
         start, block = self.block
         if not start <= offset <= offset + size <= start + len(block):
             block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
@@ -369,7 +369,7 @@ INDEX_SCHEMA = pa.schema({
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of a sample's parts: columns of a table, or fields of the JSON in a shard."""
+    """The names of a sample's parts: columns of a table, or fields of a shard's JSON files."""
 
     image: str = "image"
     caption: str = "text"
@@ -378,10 +378,10 @@ class Fields:
 
 
 def iter_tar_members(shard, report):
-    """Yields (name, offset, size, head) of each file in a tar; `head` is its first HEADER_BYTES bytes.
+    """Yields name, offset, size and first bytes of each file in a tar. Verifies the checksums of the headers.
 
-    Verifies header checksums. At damage it calls report(reason), yields None and continues at the next valid header.
-    It reads on to the end of the file: zero blocks may be the archive's end, or damage, or black pixels after damage.
+    At damage, it calls report(reason), yields None, and continues at the next valid header. It does not stop at zero
+    blocks: they may be the end of the archive, but also damage, or black pixels after a damaged header.
     """
     position = zero_blocks = 0
     long_name = None
@@ -424,9 +424,9 @@ def iter_tar_members(shard, report):
 
 
 def group_members(members):
-    """Yields (key, {extension: (offset, size, head)}) of each sample; its key is the path up to the first dot.
+    """Yields the key and the files of each sample. The key is the path up to the first dot of the name.
 
-    A sample next to damage (None among the members) has the extension "damage": one of its members may be lost.
+    A sample next to damage also has the extension "damage", because it may have lost one of its files.
     """
     current = None
     sample = {}
@@ -453,7 +453,7 @@ def group_members(members):
 
 
 def read_labels(metadata, name):
-    """Returns the casefolded labels of a sample: a list, or a text like "a, b". Errors: ValueError for others."""
+    """Returns a sample's labels in lower case, from a list or a text with commas. Raises ValueError for others."""
     labels = metadata.get(name) or []
     labels = labels.split(",") if isinstance(labels, str) else labels
     if not isinstance(labels, list):
@@ -463,13 +463,13 @@ def read_labels(metadata, name):
 
 
 def number_or_none(value):
-    """Returns `value` if it is a number that fits into a column, else None."""
+    """Returns `value` if it is a number that fits into a column, or else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and abs(value) < 2**31 else None
 
 
 def oriented_size(image):
-    """Returns (height, width) of a PIL image after EXIF orientation. Errors: ValueError for decompression bombs."""
+    """Returns an image's height and width after EXIF rotation. Raises ValueError for decompression bombs."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"decompression bomb: {width}x{height} px is too large")
@@ -480,9 +480,9 @@ def oriented_size(image):
 
 
 def measure_image(head, read_all=None):
-    """Returns oriented_size of an image from its first bytes, or from read_all() where they are not enough.
+    """Returns an image's height and width from its first bytes, or from the whole file if they are too few.
 
-    Errors: ValueError when it is not an image or is a decompression bomb.
+    Raises ValueError if it is not an image or is a decompression bomb.
     """
     try:
         return oriented_size(Image.open(io.BytesIO(head)))
@@ -497,13 +497,13 @@ def measure_image(head, read_all=None):
 
 
 def read_member(shard, member):
-    """Returns the bytes of a member (offset, size, head) of a Shard. In most cases `head` holds them all."""
+    """Returns the bytes of a file in a shard. `head` often holds all of them."""
     offset, size, head = member
     return head if len(head) == size else shard.read(offset, size)
 
 
 def index_sample(shard, key, members, fields):
-    """Returns the index row of one sample of a shard. Errors: ValueError saying what is damaged."""
+    """Returns the index row of a sample. Raises ValueError if the sample is damaged."""
     image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if image is None:
         raise ValueError("no image")
@@ -538,7 +538,7 @@ def index_sample(shard, key, members, fields):
 
 
 def index_shard(shard, fields):
-    """Returns (index rows, damage) of a Shard; damage is [{"shard", "key", "reason"}] of unusable samples."""
+    """Returns the index rows of a shard, and a list of what is damaged in it and why."""
     rows, damage = [], []
     seen = set()
 
@@ -558,7 +558,7 @@ def index_shard(shard, fields):
 
 
 def cached_index_shard(path, cache_dir, fields):
-    """Returns the index table of a shard, cached until the shard changes. Its metadata hold damage and stamp."""
+    """Returns the index table of a shard. It is made once and kept on disk until the shard changes."""
     shard = Shard(path, cache_dir.parent)
     name = path if is_remote(path) else os.path.abspath(path)
     cache_key = f"{INDEX_VERSION} {name} {shard.stamp} {fields.labels} {fields.score}"
@@ -574,9 +574,9 @@ def cached_index_shard(path, cache_dir, fields):
 
 
 def load_table(flag, source, fields, config_name=None, cache_dir=None):
-    """Loads the table of --train_data_dir or --dataset_name (hub, folder, save_to_disk) without decoding images.
+    """Loads the table that --train_data_dir or --dataset_name means. Images are not decoded.
 
-    Errors: InputError naming the flag when it does not load or a column is missing.
+    Raises InputError naming the flag if the table does not load or a column is missing.
     """
     import datasets
 
@@ -599,7 +599,7 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
 
 
 def index_table(table, source, is_folder, fields):
-    """Returns (index rows, damage) of a loaded table. `offset` is the row number of images stored in the table."""
+    """Returns the index rows of a table, and a list of what is damaged in it and why."""
     rows, damage = [], []
     for number, row in enumerate(table):
         image = row[fields.image] or {}
@@ -653,15 +653,15 @@ class Index:
         return {name: self.table.column(name)[int(i)].as_py() for name in self.table.column_names}
 
     def sizes(self):
-        """Returns (N, 2) float64: height and width of each file in px."""
+        """Returns the height and width of every file in px, (N, 2) float64."""
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
     def scales(self, resolution):
-        """Returns (N, 2) float64, target size / own size. Images are scaled by the larger one and cropped."""
+        """Returns target size divided by image size, for height and width, (N, 2) float64."""
         return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
 
     def label_weights(self, choice):
-        """Returns (rows, codes, weights): how much each row counts for each of its labels."""
+        """Returns rows, label codes and weights: how much each row counts for each of its labels."""
         counts = np.diff(self.label_starts)
         if choice == "first":
             rows = np.flatnonzero(counts)
@@ -669,26 +669,26 @@ class Index:
         return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
     def fingerprint(self):
-        """Returns a digest of ids, captions, labels and scores that does not depend on paths or on the order."""
+        """Returns a hash of all ids, captions, labels and scores. The order of the samples does not matter."""
         columns = [self.table.column(name).to_pylist() for name in ("image_id", "caption", "labels", "score")]
         digest = np.bitwise_xor.reduce([np.uint64(hash_text(repr(row))) for row in zip(*columns)])
         return f"{len(self)}-{int(digest):016x}"
 
 
 def damage_kind(entry):
-    """Returns the kind of a damage: the part of its reason that is the same for all samples."""
+    """Returns the kind of a damage: its reason without details of the sample."""
     return entry["reason"].partition(":")[0]
 
 
 def count_damaged(damage):
-    """Returns the number of damaged samples. A sample with two faults counts once; so does a damaged shard."""
+    """Returns how many samples are damaged. Two faults of a sample count once, and so does a damaged shard."""
     named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
     cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
     return len(named) + len(cut_shards)
 
 
 def drop_duplicates(table, damage):
-    """Returns (table, damage) with each image_id once; repeated ones are reported as damage."""
+    """Removes rows with a repeated image_id from the table, and adds them to the damage."""
     ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
@@ -699,7 +699,7 @@ def drop_duplicates(table, damage):
 
 
 def make_index(table, damage, total=None, stamps=None, images=None, image_column="image"):
-    """Returns the Index of a table with INDEX_SCHEMA's columns. `total` is counted if it is None."""
+    """Makes an Index of a table that has INDEX_SCHEMA's columns. If `total` is None, it is counted."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
     names = sorted(set(labels.flatten().to_pylist()))
@@ -723,7 +723,7 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 
 # Seam: which samples are trained on. Contract: acceptance(step) is an array over (labels…, unlabelled) in [0, 1].
 class SpeciesMix:
-    """Class probabilities p = (1 - m) · uniform + m · data distribution; m depends on the optimizer step only.
+    """Class probabilities p = (1 - m) · uniform + m · share of the data. m depends on the optimizer step only.
 
     Samples of class s arrive with frequency a(s) and are accepted with probability c p(s) / a(s), where c = min a / p.
     So accepted samples have exactly the distribution p. Unlabelled ones are accepted with UNLABELLED_ACCEPTANCE.
@@ -745,19 +745,19 @@ class SpeciesMix:
         self.uniform = self.support / max(self.support.sum(), 1)
 
     def weight_of_data(self, step):
-        """Returns m at `step`, counted from 0."""
+        """Returns m at an optimizer step, counted from 0."""
         progress = min(step / self.steps, 1.0) if self.steps else 1.0
         if self.schedule == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         return self.start + (self.end - self.start) * progress
 
     def target(self, step):
-        """Returns the (K,) class probabilities p at `step`."""
+        """Returns the class probabilities p at an optimizer step, (K,)."""
         m = self.weight_of_data(step)
         return (1 - m) * self.uniform + m * self.data
 
     def acceptance(self, step):
-        """Returns (K + 1,) probabilities to accept a sample of each class, and last an unlabelled one."""
+        """Returns the probability to accept a sample of each class, and last one without label, (K + 1,)."""
         if not self.support.any():
             return np.ones(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -766,11 +766,11 @@ class SpeciesMix:
 
 
 class SamplePlan:
-    """The rows of every global batch, as a function of the index, the mix, the seed, the batch size and the step.
+    """Decides which rows make up each global batch. That depends only on the data, the mix, the seed and the step.
 
-    Each batch comes from one bucket, drawn in proportion to its accepted samples. In a bucket, each image arrives once
-    per epoch, in an order hashed from (image id, seed, epoch), and its own random draw accepts or rejects it. Over all
-    buckets, classes follow the mix. The state is the step, the number of samples, and (epoch, position) per bucket.
+    A batch comes from one bucket, chosen in proportion to its accepted samples. In each epoch, every image of a bucket
+    arrives once, in a hashed order, and a random draw of its own accepts or rejects it. Over all buckets together, the
+    classes follow the mix. The state is the step, the samples so far, and the epoch and position of each bucket.
     """
 
     def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None, samples=None):
@@ -792,7 +792,7 @@ class SamplePlan:
         self.arrivals[:, -1] = np.bincount(unlabelled, minlength=bucket_count)
 
     def begin_epoch(self, bucket, epoch):
-        """Returns (rows, labels, draws) of a bucket's epoch in order of arrival. Label -1 means none."""
+        """Returns a bucket's rows in order of arrival, their labels (-1 for none) and their draws."""
         rows = self.members[bucket]
         rows = rows[np.argsort(hash64(ORDER, self.seed, epoch, self.index.id_hashes[rows]), kind="stable")]
         ids = self.index.id_hashes[rows]
@@ -806,12 +806,12 @@ class SamplePlan:
         return rows, labels, uniform(ACCEPT, self.seed, epoch, ids)
 
     def bucket_weights(self, step):
-        """Returns the (buckets,) probabilities of the buckets: acceptance times arrivals, summed over classes."""
+        """Returns the probability that the step's batch comes from each bucket, (buckets,)."""
         accepted = self.arrivals @ self.mix.acceptance(step)
         return accepted / accepted.sum()
 
     def next_batch(self):
-        """Returns (rows, labels), (global_batch,) each, of the current step, and advances to the next."""
+        """Returns the rows and labels of the next global batch, and advances by one step."""
         draw = uniform(BUCKET, self.seed, self.step)
         bucket = int(np.searchsorted(np.cumsum(self.bucket_weights(self.step))[:-1], draw, side="right"))
         acceptance = self.mix.acceptance(self.step)
@@ -846,9 +846,9 @@ class SamplePlan:
 
 @dataclass
 class MicroBatches:
-    """Batch sampler of one rank: yields lists of requests (row, label, step, position in the run's global order).
+    """Yields the micro-batches of one rank as lists of (row, label, step, position among all samples of the run).
 
-    Loader workers prefetch, so the plan is ahead of training; `states[n]` holds its cursors after n steps.
+    Loaders prefetch, so the plan is ahead of training. `states[n]` keeps the plan's cursors after n steps.
     """
 
     plan: SamplePlan
@@ -876,10 +876,10 @@ class MicroBatches:
 
 
 def open_image(data, cover=None):
-    """Returns (RGB image, (height, width) of the file). EXIF orientation is applied, transparency becomes white.
+    """Opens an image as RGB, rotated as its EXIF says, on white. Also returns the file's (height, width).
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still covers `cover` (height, width): four times as fast
-    for 1024 px out of 2048 px. Errors: ValueError when it is damaged, truncated or a decompression bomb.
+    for 1024 px out of 2048 px. Raises ValueError if the image is damaged, cut short or a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -903,28 +903,28 @@ def open_image(data, cover=None):
 
 # Seam: buckets. Contract: (height, width) in multiples of BUCKET_STEP px; a row keeps its bucket for the whole run.
 def make_buckets(resolution):
-    """Returns [(height, width)] from 1:4 to 4:1, of at most resolution² px, in multiples of BUCKET_STEP."""
+    """Returns the sizes (height, width) of the buckets: 1:4 to 4:1, at most resolution² px."""
     shorts = range(-(-resolution // 2 // BUCKET_STEP) * BUCKET_STEP, resolution + 1, BUCKET_STEP)
     tall = {(resolution**2 // short // BUCKET_STEP * BUCKET_STEP, short) for short in shorts if short}
     return sorted(tall | {(short, long) for long, short in tall})
 
 
 def nearest_buckets(sizes, buckets):
-    """Returns, for each of `sizes` (N, 2), the index of the bucket with the nearest aspect ratio, (N,)."""
+    """Returns for each image the index of the bucket with the nearest aspect ratio. `sizes` is (N, 2)."""
     ratios = np.log([height / width for height, width in buckets])
     own_ratios = np.log(sizes[:, 0] / sizes[:, 1])
     return np.abs(own_ratios[:, None] - ratios).argmin(axis=1)
 
 
 def assign_buckets(index, resolution):
-    """Returns the index with each row assigned to its bucket of --crop bucket."""
+    """Returns a copy of the Index in which every row has a bucket."""
     bucket_sizes = make_buckets(resolution)
     return replace(index, bucket_sizes=bucket_sizes, buckets=nearest_buckets(index.sizes(), bucket_sizes))
 
 
 # Seam: crops. Contract: (top, left) of a window inside the image, which was scaled to cover a window of that size.
 def random_ar_crop(height, width, resolution, u):
-    """Returns (top, left) of a square near the middle; beyond 2:1 at the middle or start. u in [0, 1) is random."""
+    """Returns (top, left) of a square near the middle; beyond 2:1, in the middle or at the start. u is random."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -938,17 +938,17 @@ def random_ar_crop(height, width, resolution, u):
 
 
 def center_crop(height, width, bucket):
-    """Returns (top, left) of the middle window of size `bucket`."""
+    """Returns (top, left) of the window in the middle."""
     return int(round((height - bucket[0]) / 2)), int(round((width - bucket[1]) / 2))
 
 
 def scale_aesthetic(value, scale):
-    """Returns the aesthetic score, from 1 to 10, for a field that holds `value`, which may be None."""
+    """Returns the aesthetic score, from 1 to 10, for the value of its field, or the default for None."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
 class ImageDataset:
-    """Decoded and cropped samples. A request is (row, label, step, position in the run's global order)."""
+    """Decodes and crops images. A request is (row, label, step, position among all samples of the run)."""
 
     def __init__(
         self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None, aesthetic_scale=10.0
@@ -960,11 +960,11 @@ class ImageDataset:
         self.shards = {}  # (process, path) → Shard
 
     def bucket_size(self, i):
-        """Returns (height, width) of the crop of row i."""
+        """Returns the (height, width) to which row i is cropped."""
         return self.bucket_sizes[self.index.buckets[i]]
 
     def read(self, row):
-        """Returns the bytes of a row's image. Errors: OSError when the shard changed or the network fails."""
+        """Returns the bytes of an image. Raises OSError if its shard has changed or the network fails."""
         if row["path"] == IN_TABLE:
             return self.index.images[row["offset"]][self.index.image_column]["bytes"]
         place = (os.getpid(), row["path"])
@@ -978,7 +978,7 @@ class ImageDataset:
         return shard.read(row["offset"], row["size"])
 
     def open(self, row, bucket):
-        """Returns (image, (height, width) of its file). Errors: ValueError when it is damaged."""
+        """Returns the image and the (height, width) of its file. Raises ValueError if it is damaged."""
         image, original_size = open_image(self.read(row), bucket)
         if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
             raise ValueError("EXIF behind the pixels turns the image: wrong bucket")
@@ -988,7 +988,7 @@ class ImageDataset:
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
 
     def crop_window(self, row, bucket, step, flipped):
-        """Returns {"pixels": (3, H, W) uint8, sizes}: what the network sees. Errors: as open()."""
+        """Returns what the network sees: pixels (3, H, W) uint8 and sizes. Raises the errors of open()."""
         import torch
 
         image, original_size = self.open(row, bucket)
@@ -1007,11 +1007,11 @@ class ImageDataset:
         return {"pixels": pixels, **sizes}
 
     def load(self, row, bucket, step):
-        """Calls crop_window with the flip of this step."""
+        """Returns the crop of a row at a step, mirrored or not."""
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):
-        """Returns [crop_window of each flip] of the one row in `rows`, or a text if it is damaged."""
+        """Returns the crop of a row and, with random_flip, the mirrored one; or why it is damaged."""
         bucket = self.bucket_size(rows[0])
         try:
             return [self.crop_window(self.index.row(rows[0]), bucket, 0, flip) for flip in range(1 + self.random_flip)]
@@ -1019,7 +1019,7 @@ class ImageDataset:
             return str(error)
 
     def replacement(self, i, label, tried, same_bucket=False):
-        """Returns a row to use instead of damaged row i: of the same class and bucket if possible."""
+        """Chooses a row to replace damaged row i, of the same class and bucket if possible."""
         in_bucket = self.index.buckets == self.index.buckets[i]
         of_class = np.zeros(len(self.index), dtype=bool)
         if label >= 0:
@@ -1034,7 +1034,7 @@ class ImageDataset:
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
     def first_intact(self, i, label, load, same_bucket=False):
-        """Returns (row, load(row), damage) of row i, or of a replacement if load finds it damaged."""
+        """Loads row i or, if it is damaged, another row. Returns the row, what was loaded, the damage."""
         tried, damage = [i], []
         while len(tried) <= MAX_DAMAGED_IN_A_ROW:
             row = self.index.row(tried[-1])
@@ -1047,7 +1047,7 @@ class ImageDataset:
         raise ValueError(f"{shard}: {MAX_DAMAGED_IN_A_ROW} damaged images in a row, first {key}")
 
     def make_item(self, request, load, same_bucket=False):
-        """Returns the sample for a request: what load(row, bucket, step) returns, and the other fields."""
+        """Returns the sample for a request. load(row, bucket, step) makes its pixels or its encodings."""
         i, label, step, position = request
         bucket = self.bucket_size(i)
         row, loaded, damage = self.first_intact(i, label, lambda row: load(row, bucket, step), same_bucket)
@@ -1073,7 +1073,7 @@ class ImageDataset:
 
 
 class EncodedDataset:
-    """An ImageDataset with cached `latents` instead of pixels, cached text `embeddings`, or both."""
+    """Wraps an ImageDataset and reads cached latents, cached text embeddings, or both."""
 
     def __init__(self, images, latents=None, embeddings=None):
         self.images = images
@@ -1098,7 +1098,7 @@ class EncodedDataset:
 
 
 def collate(samples):
-    """Makes a batch: pixels (B, 3, H, W) uint8, sizes and scores float32 tensors, all other fields lists."""
+    """Joins samples to a batch: pixels (B, 3, H, W) uint8, sizes and scores float32; other fields are lists."""
     import torch
 
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
@@ -1110,14 +1110,14 @@ def collate(samples):
 
 
 def ignore_signals(_worker):
-    """Makes a loader process ignore signals to the process group, because the trainer needs it for the last step."""
+    """Makes a loader process ignore stop signals, because the trainer needs it to finish the step."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(dataset, batch_sampler, workers, pin_memory):
-    """Returns a DataLoader of the sampler's batches; `workers` processes decode ahead."""
+    """Returns a DataLoader in which `workers` processes decode the batches in advance."""
     from torch.utils.data import DataLoader
 
     return DataLoader(
@@ -1137,10 +1137,10 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
 
 
 class EncodingCache:
-    """Stores tensors by image id, in atomically written files of CACHE_ROWS samples.
+    """Keeps encoded samples on disk, CACHE_ROWS to a file.
 
-    The name of a file is a hash of `settings` and of its rows' `cache_keys`, which begin with the image id: everything
-    that its tensors depend on. So files of other images, flags or encoders are never read.
+    A file's name is a hash of all that its tensors depend on: `settings`, and the `cache_keys` of its rows, which
+    begin with the image id. So files made from other images, flags or encoders are never read.
     """
 
     def __init__(self, folder, flag, settings, cache_keys, groups):
@@ -1156,7 +1156,7 @@ class EncodingCache:
                 self.paths |= {cache_keys[i][0]: path for i in rows}
 
     def open(self, path):
-        """Returns (file, notes) of a cache file. Errors: OSError when it is damaged or not what its name says."""
+        """Opens a cache file and its notes. Raises OSError if it is damaged or not what its name says."""
         place = (os.getpid(), path)
         if place not in self.files:
             if len(self.files) >= MAX_OPEN_CACHES:
@@ -1172,7 +1172,7 @@ class EncodingCache:
         return self.files[place]
 
     def write(self, path, samples):
-        """Writes {image id: [{name: tensor or numbers} of each flip], or a text if it is damaged}."""
+        """Writes a cache file. `samples` maps an image id to one dict per flip, or to what is damaged."""
         import torch
 
         tensors, notes = {}, {}
@@ -1190,7 +1190,7 @@ class EncodingCache:
         write_safetensors(path, tensors, {"name": path.name, "samples": json.dumps(notes)})
 
     def read(self, image_id, variant=0):
-        """Returns {name: tensor or numbers} of a sample. Errors: ValueError saying what is damaged."""
+        """Returns the tensors and numbers of a sample. Raises ValueError if the image is damaged."""
         file, notes = self.open(self.paths[image_id])
         if isinstance(notes[image_id], str):
             raise ValueError(notes[image_id])
@@ -1204,7 +1204,7 @@ class EncodingCache:
 
 
 def describe_data(dataset, plan, steps, caption_tokens):
-    """Returns what preview.json says about the data of a run of `steps` steps."""
+    """Returns what preview.json says about the data that a run of `steps` steps will see."""
     index = dataset.index
     last = max(steps - 1, 0)
     scales = index.scales(dataset.resolution)
@@ -1234,7 +1234,7 @@ def describe_data(dataset, plan, steps, caption_tokens):
 
 @cache
 def label_fonts():
-    """Returns (font families, available characters) for text in images: DejaVu Sans, and a Japanese font if found."""
+    """Returns the fonts for text in images, DejaVu Sans and a Japanese one if found, and their characters."""
     from matplotlib import font_manager, ft2font
 
     installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
@@ -1250,7 +1250,7 @@ def make_label(text, length):
 
 
 def draw_contact_sheet(dataset, requests, columns=4):
-    """Returns a matplotlib Figure of samples: each image with its crop window, class and caption."""
+    """Returns a matplotlib Figure that shows samples with their crop window, class and caption."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -1279,7 +1279,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
 
 
 def draw_species(species, most=60):
-    """Returns a matplotlib Figure of the class probabilities; if there are too many, commonest and rarest ones."""
+    """Returns a matplotlib Figure of class probabilities. Of many classes it shows the commonest and rarest."""
     from matplotlib.figure import Figure
 
     names = sorted(species, key=lambda name: -species[name]["data"])

@@ -109,7 +109,7 @@ stop = StopRequest()
 
 
 def raise_if_stopping(accelerator):
-    """Asks all ranks whether one received a stop signal. Errors: Preempted, on all ranks, if so."""
+    """Raises Preempted on all ranks if any of them has received a stop signal. Waits for all ranks."""
     stop.note_progress()
     requested = torch.tensor([float(bool(stop))], device=accelerator.device)
     requested = accelerator.reduce(requested, "sum").item() > 0
@@ -304,7 +304,7 @@ def make_parser():
 
 
 def read_prompts(args):
-    """Returns the prompts of --validation_prompt and --validation_prompts. Errors: ValueError, OSError."""
+    """Returns the prompts for sample images. Raises ValueError or OSError for a bad --validation_prompts file."""
     prompts = [args.validation_prompt] if args.validation_prompt else []
     if not args.validation_prompts:
         return prompts
@@ -324,13 +324,13 @@ def read_prompts(args):
 
 
 def checkpoint_path(args):
-    """Returns the folder of --resume_from_checkpoint: a path, or a name inside --output_dir as in diffusers."""
+    """Returns the folder that --resume_from_checkpoint means: a path, or the name of a folder in --output_dir."""
     path = Path(args.resume_from_checkpoint)
     return path if path.is_dir() else Path(args.output_dir) / path.name
 
 
 def default_workers(local_world):
-    """Returns the decoding processes per device: cores divided by devices, minus one, at most 8."""
+    """Returns how many processes decode images for each device: its share of the cores minus one, at most 8."""
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
@@ -423,7 +423,7 @@ def check_data_flags(parser, args):
 
 
 def check_model_paths(parser, args):
-    """Exits with a one-line error when a model or a LoRA is not where its flag says."""
+    """Exits with a one-line error if a model or a LoRA is not where its flag says."""
     name = args.pretrained_model_name_or_path
     snapshot = Path(name).expanduser()
     if data.looks_like_path(name) and not snapshot.is_dir():
@@ -443,7 +443,7 @@ def check_model_paths(parser, args):
 
 
 def check_data_paths(parser, args):
-    """Exits with a one-line error when data or prompts are not where their flag says, or are not readable."""
+    """Exits with a one-line error if data or prompts are not where their flag says, or cannot be read."""
     if args.train_data_dir and not Path(args.train_data_dir).is_dir():
         parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
     readers = {
@@ -472,7 +472,7 @@ def check_output_paths(parser, args):
 
 
 def parse_args(argv=None):
-    """Returns the checked flags with all defaults filled in. They are read-only from here on."""
+    """Reads and checks the flags and fills in all defaults. Nothing changes the result later."""
     parser = make_parser()
     args = parser.parse_args(argv)
     set_defaults(args)
@@ -530,7 +530,7 @@ SDPA_BACKENDS = {
 
 @dataclass
 class Models:
-    """The models of a stage. Only their LoRA adapters are trained; everything else is frozen."""
+    """The models of one stage. Only their LoRA adapters are trained; all other weights are frozen."""
 
     tokenizers: list
     text_encoders: list  # [text_encoder, text_encoder_2], for the refiner [text_encoder_2], as are the tokenizers
@@ -551,12 +551,12 @@ def weight_dtype_of(precision):
 
 
 def short_reason(error, length=300):
-    """Returns an error's text on one line, to be used in an error of ours."""
+    """Returns the text of a library's error, cut and on one line, to be quoted in an error of our own."""
     return " ".join(str(error).split())[:length]
 
 
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
-    """Loads one part of the model that `flag` names, using `loader`. Errors: InputError when that fails."""
+    """Calls `loader` for one part of the model that `flag` names. Raises InputError if it cannot be loaded."""
     path = getattr(args, flag.removeprefix("--"))
     if flag != "--refiner_unet":
         options["revision"] = args.revision
@@ -567,7 +567,7 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
-    """Loads the UNet of --stage; without `weights`, only its structure. Errors: InputError for a wrong kind."""
+    """Loads the UNet of --stage, or only its structure. Raises InputError if it does not fit the text encoders."""
     flag = "--pretrained_model_name_or_path"
     subfolder = "unet"
     if args.stage == "refiner":
@@ -591,7 +591,7 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 
 
 def merge_text_encoder_2_lora(text_encoder_2, path):
-    """Merges the text_encoder_2 part of a LoRA (diffusers' or kohya's format) into the weights. Errors: InputError."""
+    """Merges a LoRA's text_encoder_2 part into the weights. Raises InputError if it has none or does not load."""
     loader = diffusers.StableDiffusionXLPipeline
     try:
         state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
@@ -610,7 +610,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
 
 
 def load_text_encoders(args, weight_dtype):
-    """Loads (tokenizers, text encoders in `weight_dtype`) of --stage and merges --text_encoder_2_lora."""
+    """Returns the tokenizers and the text encoders of --stage. --text_encoder_2_lora is already merged."""
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
@@ -628,10 +628,10 @@ def load_text_encoders(args, weight_dtype):
 
 
 def load_models(args, weight_dtype, device, unet_weights=True):
-    """Loads the frozen models of --stage: the VAE in --vae_precision, the others in `weight_dtype`.
+    """Loads all models that --stage needs: the VAE in --vae_precision, the others in `weight_dtype`.
 
-    The UNet stays on the CPU. Without `unet_weights` it has no weights and is on the meta device. Errors: InputError
-    naming the flag when a part does not load.
+    The UNet stays on the CPU. If `unet_weights` is false, it has no weights and is on the meta device. Raises
+    InputError naming the flag if a part does not load.
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
@@ -665,7 +665,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
 
 
 def load_base_pipeline(args, models, weight_dtype):
-    """Loads the base model with --validation_base_lora on the CPU. It begins the refiner's sample images."""
+    """Loads the base model and --validation_base_lora. It draws the first steps of the refiner's sample images."""
     options = {"dtype": weight_dtype, "variant": args.variant, "vae": None, "add_watermarker": False}
     pipeline = load_part(args, diffusers.StableDiffusionXLPipeline.from_pretrained, None, **options)
     pipeline.register_modules(scheduler=models.sampling_scheduler)
@@ -679,15 +679,15 @@ def load_base_pipeline(args, models, weight_dtype):
 
 
 def fingerprint_parts(*parts):
-    """Returns a hash of the first 8 numbers of every tensor in these models, to tell different models apart."""
+    """Hashes the first 8 numbers of every tensor of the models, to tell one base model from another."""
     heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
     return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with fp32 weights, computed in the dtype of x.
+    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with fp32 weights that are cast to the dtype of x.
 
-    x is (…, in), the result (…, out). The product with B and the sum are one kernel. State-dict keys are PEFT's.
+    x is (…, in), the result (…, out). One kernel multiplies by B and adds. The state-dict keys are PEFT's.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -703,7 +703,7 @@ class FusedLora(lora.Linear):
 
 
 class CastLinear(torch.nn.Linear):
-    """A Linear with fp32 weights that computes in the dtype of its input. State-dict keys are those of Linear."""
+    """A linear layer with fp32 weights that are cast to the dtype of its input. Its state-dict keys stay the same."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -712,10 +712,10 @@ class CastLinear(torch.nn.Linear):
 
 # Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
 def add_adapter(model, targets, flag, **options):
-    """Adds LoRA adapters with fp32 weights to the layers of `model` that `targets` names.
+    """Adds LoRA adapters, with fp32 weights, to all layers of `model` whose names end with one of `targets`.
 
-    There is no autocast: frozen layers compute in their own dtype, and the adapters' weights are cast to it. Errors:
-    InputError naming `flag` when a target matches no layer.
+    There is no autocast: frozen layers compute in their own dtype, and adapter weights are cast to it. Raises
+    InputError naming `flag` if a target matches no layer.
     """
     names = [name for name, _ in model.named_modules()]
     for target in targets:
@@ -766,9 +766,9 @@ def add_adapters(args, models, seed):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x W^T + b in the dtype of x, for int8 W (out, in) with one scale per row (out, 1). Saves W for backward, not x.
+    """Computes x W^T + b, where W (out, in) is int8 with one scale per row (out, 1). Saves W for backward, but not x.
 
-    bitsandbytes' layer also keeps x, which checkpointing cannot free, and rounds x to int8 on CUDA.
+    bitsandbytes' layer saves x too, which checkpointing cannot free, and rounds x to int8 on CUDA.
     """
 
     @staticmethod
@@ -797,7 +797,7 @@ class Int8Linear(torch.nn.Linear):
 
 
 def make_nf4_linear(linear, compute_dtype):
-    """Returns bitsandbytes' nf4 layer with the weights of `linear`; .to(device) quantizes. Errors: InputError."""
+    """Returns bitsandbytes' nf4 version of a linear layer. Raises InputError if bitsandbytes does not load."""
     try:
         import bitsandbytes.nn as bnb
     except ImportError as error:
@@ -811,7 +811,7 @@ def make_nf4_linear(linear, compute_dtype):
 
 
 def quantize_linears(model, precision, compute_dtype):
-    """Replaces the linear layers of `model` by layers in "nf4" (arXiv:2305.14314) or "int8"."""
+    """Replaces all linear layers of `model` by layers with "nf4" (arXiv:2305.14314) or "int8" weights."""
     for parent in list(model.modules()):
         for name, linear in parent.named_children():
             if type(linear) is torch.nn.Linear:
@@ -820,7 +820,7 @@ def quantize_linears(model, precision, compute_dtype):
 
 
 class SdpaAttention(AttnProcessor2_0):
-    """diffusers' attention with a fixed PyTorch kernel, also while a checkpointed block is recomputed."""
+    """diffusers' attention with one fixed PyTorch kernel, which activation checkpointing uses again."""
 
     def __init__(self, backend):
         super().__init__()
@@ -832,7 +832,7 @@ class SdpaAttention(AttnProcessor2_0):
 
 
 def set_attention(unet, name):
-    """Sets --attention_backend `name` on the UNet and tries it. Errors: InputError when it cannot run here."""
+    """Makes the UNet use an attention kernel, and runs it once. Raises InputError if it does not work here."""
     if name == "sdpa":
         return
     try:
@@ -850,7 +850,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`; for "auto" the mildest one that leaves 20 % of the memory free, besides `reserved` bytes."""
+    """Returns `mode`. For "auto", returns the mildest mode that leaves 20 % of the memory free."""
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -862,7 +862,7 @@ def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0
 
 
 def set_checkpointing(unet, mode, dropout):
-    """Turns on activation checkpointing; with LoRA `dropout`, the recomputation uses the same dropout masks."""
+    """Turns on activation checkpointing. If LoRA has dropout, recomputation repeats the same dropout masks."""
 
     def recompute(module, *inputs):
         options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
@@ -875,7 +875,7 @@ def set_checkpointing(unet, mode, dropout):
 
 
 def compile_blocks(unet):
-    """Compiles the transformer blocks, each batch shape separately, so that a resumed run uses the same kernels."""
+    """Compiles the transformer blocks once per batch shape, so that a resumed run uses the same kernels."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it would split blocks whose gradients exceed a DDP bucket
     try:
@@ -888,7 +888,7 @@ def compile_blocks(unet):
 
 
 def set_speed(args, models, trained, device):
-    """Applies --attention_backend, --gradient_checkpointing and --compile to the trained models."""
+    """Applies --attention_backend, --gradient_checkpointing and --compile."""
     set_attention(models.unet, args.attention_backend)
     size = models.unet.dtype, args.train_batch_size, args.resolution
     mode = choose_checkpointing(args.gradient_checkpointing, device, *size)
@@ -908,7 +908,7 @@ def set_speed(args, models, trained, device):
 
 
 def index_shards(accelerator, args, flag, fields):
-    """Returns (table, damage, stamps) of the shards of `flag`. Each rank first indexes its share of them."""
+    """Indexes the shards of `flag`; the ranks share the work. Returns the table, the damage and the shards' stamps."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -933,14 +933,14 @@ def index_shards(accelerator, args, flag, fields):
 
 
 def check_bad_fraction(flag, bad, total, limit):
-    """Errors: InputError when more than `limit` of the samples are damaged."""
+    """Raises InputError if more than the fraction `limit` of the samples is damaged."""
     if bad > limit * total:
         found = f"{bad} of {total} samples are damaged, more than --max_bad_fraction {limit}"
         raise InputError(f"{flag}: {found}; see skipped.jsonl, repair the data or raise the limit")
 
 
 def load_index(accelerator, args, flag, seed):
-    """Returns the Index of the data that `flag` names. Errors: InputError if it is empty or too damaged."""
+    """Returns the Index of the data of `flag`. Raises InputError if no sample is usable or too many are damaged."""
     fields = data.Fields(args.image_column, args.caption_column, args.species_key, args.aesthetic_key)
     stamps = {}
     images = None
@@ -965,7 +965,7 @@ def load_index(accelerator, args, flag, seed):
 
 
 def log_data(index, mix, csv_counts, resolution):
-    """Logs the numbers of images, classes and damaged samples; warns about small images or a wrong --species_csv."""
+    """Logs how much data was found, and warns about damage, small images and a --species_csv that does not fit."""
     logger.info("%d images of %d classes, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
     if index.damage:
         logger.warning("damaged: %s", dict(Counter(map(data.damage_kind, index.damage))))
@@ -985,7 +985,7 @@ def log_data(index, mix, csv_counts, resolution):
 
 
 def make_data(accelerator, args, seed):
-    """Returns (dataset, mix, validation dataset or None) and logs what was found."""
+    """Returns the dataset, its SpeciesMix, and the validation dataset or None. Logs what was found."""
     flag = "--train_shards" if args.train_shards else "--train_data_dir" if args.train_data_dir else "--dataset_name"
     index = load_index(accelerator, args, flag, seed)
     csv_counts = data.read_species_csv(args.species_csv) if args.species_csv else None
@@ -1010,14 +1010,14 @@ def to_pixel_values(pixels):
 
 
 def to_device(tensor, device):
-    """Copies a tensor to `device` through pinned memory, so that the CPU does not wait for the GPU."""
+    """Copies a tensor to `device`; through pinned memory, so that the CPU does not wait for the GPU."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def move_batch(batch, device):
-    """Moves a batch to `device`; uint8 `pixels` become `pixel_values` (B, 3, H, W), float32 in [-1, 1]."""
+    """Moves a batch to `device` and turns `pixels` into `pixel_values` (B, 3, H, W), float32 in [-1, 1]."""
     moved = {name: to_device(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
     if "pixels" in moved:
         moved["pixel_values"] = to_pixel_values(moved.pop("pixels"))
@@ -1030,9 +1030,9 @@ def move_batch(batch, device):
 
 
 def tokenize(tokenizer, captions, chunks=1):
-    """Returns (B * chunks, 77) int64 token ids. The first row of a caption is what the SDXL pipeline would use.
+    """Returns token ids, (B * chunks, 77) int64. The rows of a caption follow each other.
 
-    Each row holds up to 75 tokens between the begin and end tokens, padded; tokens after the last row are dropped.
+    Each row holds up to 75 tokens between the begin and end tokens, padded. Tokens after the last row are dropped.
     """
     length = tokenizer.model_max_length
     if chunks == 1:
@@ -1045,7 +1045,7 @@ def tokenize(tokenizer, captions, chunks=1):
 
 
 def count_chunks(tokenizer, captions, mode):
-    """Returns (chunks for each caption, number of captions that are cut, tokens of the longest caption)."""
+    """Returns the chunks per caption, how many captions will be cut, and the tokens of the longest caption."""
     length = tokenizer.model_max_length - 2
     captions = [caption for caption in captions if len(caption.encode()) > length]  # a token is at least a byte
     tokens = [len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] if captions else [0]
@@ -1054,7 +1054,7 @@ def count_chunks(tokenizer, captions, mode):
 
 
 def set_caption_chunks(args, accelerator, models, index):
-    """Sets models.caption_chunks for --long_captions, and warns when captions are cut."""
+    """Sets models.caption_chunks as --long_captions says, and warns if captions will be cut."""
     captions = index.table.column("caption").to_pylist()
     models.caption_chunks, cut, longest = count_chunks(models.tokenizers[0], captions, args.long_captions)
     if cut and accelerator.is_main_process:
@@ -1063,10 +1063,10 @@ def set_caption_chunks(args, accelerator, models, index):
 
 
 def encode_prompts(models, captions, device):
-    """Returns prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), like SDXL's pipeline.
+    """Returns prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), as SDXL's pipeline does.
 
-    prompt_embeds are the penultimate hidden states of both encoders, side by side, chunk after chunk. The pooled ones
-    are text_encoder_2's projection of the first chunk.
+    prompt_embeds joins the next-to-last hidden states of both encoders. pooled_prompt_embeds is text_encoder_2's
+    projection of the first chunk.
     """
     chunks = models.caption_chunks
     embeds = []
@@ -1077,7 +1077,7 @@ def encode_prompts(models, captions, device):
 
 
 def encode_captions(models, batch, device, with_empty=False):
-    """Returns prompt_embeds and pooled_prompt_embeds of a batch, and (with_empty) the pair for the empty caption."""
+    """Returns the batch's prompt_embeds and pooled_prompt_embeds, and the same pair for "" if with_empty."""
     if "prompt_embeds" in batch:
         return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
     if not with_empty:
@@ -1087,9 +1087,9 @@ def encode_captions(models, batch, device, with_empty=False):
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
-    """Replaces both embeddings by `empty` = (embeds, pooled), or by zeros, where `dropped` (B,) is true.
+    """Replaces the embeddings of samples where `dropped` (B,) is true by those of `empty`, or by zeros.
 
-    It uses torch.where on the result: if one rank skipped an encoder, DDP would wait for that rank forever.
+    All captions are encoded first: if one rank skipped an encoder, DDP would wait for that rank forever.
     """
     if empty is None:
         empty = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
@@ -1100,7 +1100,7 @@ def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
 
 
 def encode_moments(vae, pixel_values):
-    """Returns mean and standard deviation of the VAE's posterior, (B, 2, 4, H / 8, W / 8), in its dtype."""
+    """Returns the mean and the standard deviation of the VAE's posterior, together (B, 2, 4, H / 8, W / 8)."""
     at_once = max(1, VAE_PIXELS // (pixel_values.shape[-2] * pixel_values.shape[-1]))
     with torch.no_grad():
         posteriors = [vae.encode(part.to(vae.dtype)).latent_dist for part in pixel_values.split(at_once)]
@@ -1108,7 +1108,7 @@ def encode_moments(vae, pixel_values):
 
 
 def sample_latents(vae, moments, vae_noise):
-    """Samples (B, 4, h, w) float32 latents from the posterior, using `vae_noise`, and scales them."""
+    """Samples latents, (B, 4, h, w) float32, from the posterior with the given noise, and scales them."""
     mean, std = moments.float().unbind(dim=1)
     return (mean + std * vae_noise) * vae.config.scaling_factor
 
@@ -1117,9 +1117,9 @@ def sample_latents(vae, moments, vae_noise):
 
 
 def fill_cache(accelerator, cache, encode, title):
-    """Writes the missing files of `cache`. Ranks share the work; then each rank writes what its own disk still lacks.
+    """Writes the missing files of a cache. The ranks share the work; afterwards each writes what its own disk lacks.
 
-    encode(groups of rows) yields the argument of EncodingCache.write for each group. Errors: Preempted, InputError.
+    encode(groups of rows) yields, for each group, what EncodingCache.write takes. Raises Preempted or InputError.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
@@ -1143,7 +1143,7 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields, for each group of rows, {image id: [{"moments", sizes} of each flip], or text if it is damaged}."""
+    """Yields for each group of rows a dict: image id → moments and sizes for each flip, or what is damaged."""
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1159,7 +1159,7 @@ def encode_images(models, dataset, device, workers, groups):
 
 
 def cache_latents(accelerator, models, dataset, folder, workers):
-    """Returns a filled EncodingCache of the VAE's moments of all images; with random_flip, of both flips."""
+    """Encodes all images, with random_flip also mirrored, into an EncodingCache, and returns it."""
     index = dataset.index
     settings = [1, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
     settings += [dataset.interpolation.name, dataset.random_flip, index.images and index.images._fingerprint]
@@ -1173,7 +1173,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields, for each group of rows, {image id: [{"prompt_embeds", "pooled_prompt_embeds"}]}."""
+    """Yields for each group of rows a dict: image id → prompt_embeds and pooled_prompt_embeds."""
     for group in groups:
         texts = [captions[i] for i in group]
         with torch.no_grad():
@@ -1183,7 +1183,7 @@ def encode_texts(models, ids, captions, device, groups):
 
 
 def cache_text_embeddings(accelerator, models, dataset, folder):
-    """Returns a filled EncodingCache of the embeddings of all captions."""
+    """Encodes all captions into an EncodingCache and returns it."""
     ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
     settings += [models.stage, models.caption_chunks]
@@ -1194,7 +1194,7 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
 
 
 def cache_encodings(accelerator, args, models, image_datasets):
-    """Wraps each dataset in its caches, and moves models that are no longer needed to the CPU."""
+    """Fills the caches that the flags ask for. Returns the datasets with them, and frees the encoders' memory."""
     folder = Path(args.cache_dir or args.output_dir) / "encodings"
     folder.mkdir(parents=True, exist_ok=True)
     encoded = []
@@ -1240,7 +1240,7 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """Calls sample_noise with the shape of this batch's latents, and moves the draws to its device."""
+    """Calls sample_noise for a batch: with the shape of its latents, on its device."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
@@ -1264,7 +1264,7 @@ def compute_snr_weights(snr, gamma, prediction_type):
 def diffusion_loss(
     models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
 ):
-    """Returns the (B,) weighted denoising losses of a batch, given the random `draws` of sample_noise."""
+    """Returns the weighted denoising loss of each sample, (B,). `draws` comes from sample_noise."""
     scheduler = models.noise_scheduler
     noise = draws["noise"]
     timesteps = draws["timesteps"]
@@ -1306,7 +1306,7 @@ def diffusion_loss(
 
 
 def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
-    """Returns one optimizer group per trained model, with its learning rate."""
+    """Returns one optimizer group for each trained model, with its own learning rate."""
     groups = []
     for name, model in trained.items():
         peak = learning_rate * (1.0 if name == "unet" else text_encoder_lr_scale)
@@ -1317,7 +1317,7 @@ def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
 
 # Seam: the optimizer. Contract: a torch optimizer over the parameter groups, whose "lr" the schedule multiplies.
 def make_optimizer(args, groups, learning_rate):
-    """Returns the optimizer that --optimizer names. Errors: InputError when its package does not load."""
+    """Returns the optimizer that --optimizer names. Raises InputError if its package does not load."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     try:
         if args.optimizer == "adamw8bit":
@@ -1338,7 +1338,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """Returns diffusers' schedule as a function of the optimizer step, the same on any number of GPUs."""
+    """Returns diffusers' learning-rate schedule as a function of the step. It does not depend on the GPUs."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1364,7 +1364,7 @@ MATHEMATICS = """
 
 @dataclass
 class Progress:
-    """All state that a resume needs, besides adapters and optimizer. It is stored as progress.json."""
+    """Everything that a resume needs besides adapters and optimizer. It is saved as progress.json."""
 
     step: int = 0
     seed: int = 0
@@ -1388,7 +1388,7 @@ COMPARED_BY_CONTENT = ("global_batch", "dataset", "species_distribution", "base_
 
 
 def make_resume_signature(args, accelerator, index, mix):
-    """Returns {name: value} of what must match on resume; the base model is added when it is loaded."""
+    """Returns what must be the same on resume: flags that change what is learned, the data, the global batch."""
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
     signature = {name: getattr(args, name) for name in MATHEMATICS}
     signature["mixed_precision"] = accelerator.mixed_precision
@@ -1399,20 +1399,20 @@ def make_resume_signature(args, accelerator, index, mix):
 
 
 def other_flags(args):
-    """Returns {flag: value} of the flags that may differ on resume."""
+    """Returns the flags that may change on resume, with their values as text."""
     left_out = ("config", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "allow_batch_change")
     return {k: str(v) for k, v in vars(args).items() if k not in MATHEMATICS and k not in left_out}
 
 
 def list_differences(saved, current):
-    """Returns a text "--flag: VALUE in the checkpoint, VALUE now" for each value that differs."""
+    """Returns a line such as "--rank: 4 in the checkpoint, 8 now" for each value that differs."""
     names = {name: name.replace("_", " ") if name in COMPARED_BY_CONTENT else f"--{name}" for name in current}
     different = [name for name, value in current.items() if saved.get(name) != value]
     return [f"{names[name]}: {saved.get(name)!r} in the checkpoint, {current[name]!r} now" for name in different]
 
 
 def check_resume(saved, current, allow_batch_change=False):
-    """Errors: InputError naming each flag that differs, with both values."""
+    """Raises InputError if the run is not the one of the checkpoint, and lists what differs."""
     compared = {name: value for name, value in current.items() if not (allow_batch_change and name == "global_batch")}
     different = list_differences(saved, compared)
     if different:
@@ -1423,7 +1423,7 @@ def check_resume(saved, current, allow_batch_change=False):
 
 
 def adapter_state_dict(trained):
-    """Returns {"unet.….lora_A.weight": fp32 tensor} with diffusers' keys; encoder keys contain `text_model.`."""
+    """Returns the adapters' fp32 tensors under diffusers' keys. Keys of text encoders contain `text_model.`."""
     state = {}
     for name, model in trained.items():
         for key, tensor in get_peft_model_state_dict(model).items():
@@ -1436,7 +1436,7 @@ def adapter_state_dict(trained):
 
 
 def load_adapter_state_dict(trained, state):
-    """Loads what adapter_state_dict returned. Errors: ValueError when a tensor is missing or left over."""
+    """Loads tensors made by adapter_state_dict. Raises ValueError if one is missing or left over."""
     for name, model in trained.items():
         own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
         own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
@@ -1449,7 +1449,7 @@ def load_adapter_state_dict(trained, state):
 
 
 def adapter_metadata(trained):
-    """Returns rank, alpha and kind of the adapters, in the form that diffusers reads from a LoRA file."""
+    """Returns rank, alpha and kind of the adapters, as diffusers expects them in a LoRA file's header."""
     fields = "r lora_alpha lora_dropout target_modules use_dora use_rslora layers_to_transform".split()
     metadata = {}
     for name, model in trained.items():
@@ -1461,9 +1461,9 @@ def adapter_metadata(trained):
 
 
 def kohya_state_dict(trained, adapters):
-    """Renames the tensors of adapter_state_dict to kohya's keys, for ComfyUI and A1111, and adds their alphas.
+    """Returns the tensors of adapter_state_dict under kohya's keys, for ComfyUI and A1111, with an alpha per layer.
 
-    kohya scales by alpha / rank and rsLoRA by alpha / sqrt(rank), so for rsLoRA alpha * sqrt(rank) is written.
+    kohya scales by alpha / rank, but rsLoRA by alpha / sqrt(rank). So for rsLoRA, alpha * sqrt(rank) is written.
     """
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     renamed["lora_magnitude_vector"] = "dora_scale"
@@ -1480,7 +1480,7 @@ def kohya_state_dict(trained, adapters):
 
 
 def lora_files(trained, stage):
-    """Copies the adapters now. Returns {file name: write(path)} for both LoRA files."""
+    """Copies the adapters, and returns a function for each of the two LoRA files that writes it to a path."""
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
@@ -1498,17 +1498,17 @@ def lora_files(trained, stage):
 
 
 def save_lora(trained, folder, stage):
-    """Writes both LoRA files into `folder`, which is created if necessary. Errors: OSError."""
+    """Writes both LoRA files into `folder`, which need not exist. Raises OSError if the disk is full."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, write in lora_files(trained, stage).items():
         write(Path(folder) / name)
 
 
 def checkpoint_files(run):
-    """Copies all state that a resume needs. Returns {file name: write(path)}, so training can continue meanwhile.
+    """Copies all state, and returns for each file of a checkpoint a function that writes it to a path.
 
-    There is no state per rank: every draw is a function of the step, and all ranks hold the same weights. Names and
-    formats are those of Accelerate's save_state, during which training would have to wait.
+    Training can continue while they write; during Accelerate's save_state it would wait. Names and formats are the
+    same. There is no state per rank: all ranks have the same weights, and every draw is a function of the step.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -1547,7 +1547,7 @@ def make_checksums(folder, names):
 
 
 def complete_checkpoint(unfinished, final, files):
-    """Writes the `files` of checkpoint_files into the folder `unfinished`, then renames it to `final`."""
+    """Writes all files of a checkpoint into the folder `unfinished`, then renames the folder to `final`."""
     unfinished.mkdir()
     for name, write in files.items():
         write(unfinished / name)
@@ -1563,7 +1563,7 @@ def complete_checkpoint(unfinished, final, files):
 
 
 def try_write(write):
-    """Calls write(). Returns None, or a text saying why it could not write, such as a full disk."""
+    """Calls write(). Returns None if that worked, or the reason why it did not, such as a full disk."""
     try:
         write()
     except OSError as error:
@@ -1576,7 +1576,7 @@ def try_write(write):
 
 
 def write_checkpoint(output_dir, step, files, keep=None):
-    """Writes checkpoint-N atomically, then deletes all but the newest `keep`. Returns why it failed, or None."""
+    """Writes checkpoint-N atomically and deletes all but the newest `keep`. Returns None, or why it failed."""
     final = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f".checkpoint-{step}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -1593,7 +1593,7 @@ def write_checkpoint(output_dir, step, files, keep=None):
 
 
 def report_unsaved(run):
-    """Saves the LoRA elsewhere when the last checkpoint could not be written. Errors: TrainingError saying where."""
+    """Saves the LoRA to another disk if the last checkpoint was not written. Raises TrainingError with its path."""
     args = run.args
     step = run.progress.step
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
@@ -1605,7 +1605,7 @@ def report_unsaved(run):
 
 
 def save_checkpoint(run, last):
-    """Starts writing checkpoint-N, and waits for it if it is the `last`. Errors: TrainingError on all ranks."""
+    """Starts writing checkpoint-N, and waits for the `last` one. Raises TrainingError if that cannot be written."""
     args = run.args
     fault = None
     stop.patient = True
@@ -1628,7 +1628,7 @@ def save_checkpoint(run, last):
 
 
 def append_jsonl(path, rows):
-    """Appends all rows to a JSONL file, or none. Errors: OSError, for example when the disk is full."""
+    """Appends all rows to a JSONL file, or none of them. Raises OSError, for example if the disk is full."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -1640,7 +1640,7 @@ def append_jsonl(path, rows):
 
 
 def note_skipped(args, index, progress, entries, write=True):
-    """Counts replaced samples and lists damaged ones once in skipped.jsonl. Errors: InputError for too many."""
+    """Adds damaged samples to the counts and to skipped.jsonl. Raises InputError if there are too many."""
     for entry in entries:
         reason = data.damage_kind(entry)
         progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
@@ -1658,7 +1658,7 @@ def note_skipped(args, index, progress, entries, write=True):
 
 
 def verify_checkpoint(folder):
-    """Returns None when every byte of the checkpoint is as it was written, else what is wrong with it."""
+    """Returns None if every byte of the checkpoint is as it was written, or else what is wrong."""
     try:
         text = (folder / "checksums.json").read_text()
         sums = json.loads(text)
@@ -1672,9 +1672,9 @@ def verify_checkpoint(folder):
 
 
 def find_checkpoint(args):
-    """Returns (folder, Progress) to resume from, or (None, None). Damaged checkpoints are skipped with a warning.
+    """Returns the folder to resume from and its Progress, or (None, None). Damaged checkpoints are skipped.
 
-    Errors: InputError when all are damaged, or when another version of the trainer wrote it.
+    Raises InputError if all are damaged, or if another version of the trainer wrote the checkpoint.
     """
     if not args.resume_from_checkpoint:
         return None, None
@@ -1701,7 +1701,7 @@ def find_checkpoint(args):
 
 
 def trim_rows(path, progress):
-    """Deletes rows of a JSONL file that a resume will write again: rows after the checkpoint, or cut in half."""
+    """Deletes the rows of a JSONL file that a resumed run will write again, and a row that was cut short."""
     if not path.exists():
         return
     kept = []
@@ -1717,7 +1717,7 @@ def trim_rows(path, progress):
 
 
 def lock_output_dir(output_dir):
-    """Locks the folder until this process ends, and deletes leftovers of a killed run. Errors: InputError."""
+    """Locks the folder and deletes what a killed run left half-written. Raises InputError if it is in use."""
     descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing unlocks
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
@@ -1740,7 +1740,7 @@ def lock_output_dir(output_dir):
 
 
 def save_run(args, progress, index):
-    """Writes config.yaml (for --config, without the token) and run.json, and copies the two scripts."""
+    """Writes config.yaml (which --config reads) and run.json, and copies the two scripts."""
     output_dir = Path(args.output_dir)
     leave_out = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
     flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out} | {"seed": progress.seed}
@@ -1761,7 +1761,7 @@ def save_run(args, progress, index):
 
 
 def save_model_card(args, metrics, index):
-    """Writes README.md: how the LoRA was trained, how to load it, and the last sample grid."""
+    """Writes README.md, which says how the LoRA was trained and how to load it."""
     samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
     picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
@@ -1795,7 +1795,7 @@ pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 
 
 def push_to_hub(args):
-    """Uploads LoRA files, model card, samples and config.yaml to --hub_model_id."""
+    """Uploads the LoRA files, the model card, the samples and config.yaml to --hub_model_id."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=args.hub_token)
@@ -1812,7 +1812,7 @@ def push_to_hub(args):
 
 @contextmanager
 def evaluating(models):
-    """Context manager: puts models with adapters in eval mode, without LoRA dropout, gradients or compilation."""
+    """Within this context, the models are in eval mode, uncompiled, and without gradients."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1826,7 +1826,7 @@ def evaluating(models):
 
 
 def validation_requests(index, batch_size, rank, world, max_batches):
-    """Returns this rank's validation batches, [(requests, size)]; requests after the first `size` are padding.
+    """Returns this rank's validation batches as (requests, size). Requests after the first `size` are padding.
 
     A request is (row, label, step, position). The position seeds the noise: a hash of the image id, equal in all runs.
     """
@@ -1842,7 +1842,7 @@ def validation_requests(index, batch_size, rank, world, max_batches):
 
 # Seam: the metric to sweep. Contract: a float in metrics.jsonl, lower is better, the same on any number of processes.
 def compute_validation_loss(run):
-    """Returns the mean unweighted loss over all validation samples; noise and timestep of a sample never change."""
+    """Returns the mean unweighted loss of all validation samples. Their noise and timesteps never change."""
     args = run.args
     accelerator = run.accelerator
     device = accelerator.device
@@ -1870,7 +1870,7 @@ def compute_validation_loss(run):
 
 @contextmanager
 def stock_forward(*modules):
-    """Context manager: removes Accelerate's wrapper of `forward`, whose output pipelines do not expect."""
+    """Within this context, `forward` is without Accelerate's wrapper, whose output breaks diffusers' pipelines."""
     wrapped = [(m, m.__dict__.pop("forward")) for m in modules if "forward" in m.__dict__]
     try:
         yield
@@ -1881,7 +1881,7 @@ def stock_forward(*modules):
 
 @contextmanager
 def on_device(device, *modules):
-    """Context manager: moves modules to the device, and those that were on the CPU back at the end."""
+    """Within this context, modules that wait on the CPU are on `device`."""
     waiting = [module for module in modules if module.device != device]
     for module in waiting:
         module.to(device)
@@ -1893,7 +1893,7 @@ def on_device(device, *modules):
 
 
 def make_pipeline(models):
-    """Returns diffusers' own pipeline of the stage, with `models` and the snapshot's sampler."""
+    """Returns diffusers' own pipeline for the stage, made of `models` and the snapshot's sampler."""
     parts = {"vae": models.vae, "unet": models.unet, "scheduler": models.sampling_scheduler}
     parts |= {"text_encoder_2": models.text_encoders[-1], "tokenizer_2": models.tokenizers[-1]}
     parts["add_watermarker"] = False
@@ -1908,10 +1908,10 @@ def make_pipeline(models):
 
 
 def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
-    """Returns a sample image, (H, W, 3) float in [0, 1], made by diffusers' own pipelines and the snapshot's sampler.
+    """Returns a sample image, (H, W, 3) float in [0, 1], drawn by diffusers' own pipelines.
 
-    The noise is made on the CPU, so diffusers makes the same image from the saved file and the seed. For the refiner,
-    the base model runs the first fraction `switch_at` of the steps.
+    The noise is made on the CPU, so diffusers draws the same image from the saved file and the seed. In the refiner
+    stage, the base model runs the fraction `switch_at` of the steps, and then the refiner takes over.
     """
     pipeline = make_pipeline(models)
     device = models.unet.device
@@ -1931,7 +1931,7 @@ def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_
 
 
 def draw_grid(images, prompts, columns):
-    """Returns a PIL image with a row of images per prompt, under the prompt; `images` is (n, S, S, 3) uint8."""
+    """Returns a PIL image with the images of each prompt in a row under it. `images` is (n, S, S, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -1953,7 +1953,7 @@ def draw_grid(images, prompts, columns):
 
 
 def save_samples(run):
-    """Generates the sample images on all ranks, writes samples/step-N.png and logs it to the trackers."""
+    """Draws the sample images; the ranks share the work. Writes samples/step-N.png and logs it to the trackers."""
     args = run.args
     accelerator = run.accelerator
     seeds = range(run.progress.seed, run.progress.seed + args.num_validation_images)
@@ -1982,7 +1982,7 @@ def save_samples(run):
 
 
 def log_row(accelerator, row, step):
-    """Logs a row to every tracker. A tracker that cannot write stops neither the others nor the run."""
+    """Logs a row to every tracker. If one of them cannot write, the run continues."""
     for tracker in accelerator.trackers:
         fault = try_write(lambda tracker=tracker: tracker.log(row, step=step))
         if fault:
@@ -1990,7 +1990,7 @@ def log_row(accelerator, row, step):
 
 
 def validate(run):
-    """Computes the validation loss and writes the sample grid. Returns the metrics, if any. Errors: Preempted."""
+    """Computes the validation loss, draws sample images, returns the metrics. Raises Preempted after a signal."""
     progress = run.progress
     best = progress.best
     metrics = {}
@@ -2044,7 +2044,7 @@ class Run:
 
 
 def make_batches(args, accelerator, progress, index, mix):
-    """Returns (MicroBatches of the remaining steps, steps per epoch)."""
+    """Returns the MicroBatches of all steps that are left, and the number of steps per epoch."""
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -2055,7 +2055,7 @@ def make_batches(args, accelerator, progress, index, mix):
 
 
 def train_step(run, batch):
-    """Runs one micro-step. Returns its (B,) losses and, at the end of an update, the gradient norm before clipping."""
+    """Runs a micro-step. Returns its losses (B,) and, if it ends an update, the gradient norm before clipping."""
     args = run.args
     accelerator = run.accelerator
     grad_norm = None
@@ -2073,7 +2073,7 @@ def train_step(run, batch):
 
 
 def check_gradients(trained):
-    """Errors: InputError naming trainable parameters that got no gradient."""
+    """Raises InputError if a trainable parameter got no gradient."""
     parameters = [(f"{name}.{n}", p) for name, model in trained.items() for n, p in model.named_parameters()]
     lost = [name for name, p in parameters if p.requires_grad and p.grad is None]
     if lost:
@@ -2094,7 +2094,7 @@ class Report:
 
 
 def send_report(run, losses, grad_norm, keys, skipped):
-    """Starts the reduction of the step's Report, the only one per step besides that of the gradients."""
+    """Starts to sum up the step's Report over the ranks: the only such sum besides that of the gradients."""
     on_gpu = losses.device.type == "cuda"
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
     own = to_device(own, losses.device)
@@ -2106,9 +2106,9 @@ def send_report(run, losses, grad_norm, keys, skipped):
 
 
 def count_nonfinite_step(run, report, loss):
-    """Counts a step whose loss or gradient is not finite. With fp16 or --on_nonfinite skip, training continues.
+    """Counts a step whose loss or gradient is NaN or infinite. Training continues with fp16 or --on_nonfinite skip.
 
-    Errors: TrainingError on all ranks together, naming step and samples, otherwise, or after too many such steps.
+    Otherwise, or after too many such steps, raises TrainingError on all ranks, naming the step and the samples.
     """
     progress = run.progress
     progress.nonfinite_steps += 1
@@ -2129,9 +2129,9 @@ def count_nonfinite_step(run, report, loss):
 
 
 def read_reports(run, late=0):
-    """Reads all reports but the newest `late` into run.progress. Returns whether the last one read is not finite.
+    """Adds all reports but the newest `late` to run.progress. Returns whether the last one read has a NaN or infinity.
 
-    All ranks read the same reports. Sets run.stopping after a stop signal; then no report stays unread.
+    All ranks read the same reports. After a stop signal it sets run.stopping and leaves no report unread.
     """
     is_nonfinite = False
     while len(run.reports) > (0 if run.stopping else late):
@@ -2155,7 +2155,7 @@ def read_reports(run, late=0):
 
 
 def log_metrics(run, bar, grad_norm):
-    """Writes a row of metrics.jsonl and to the trackers, with means since the last row, and returns it."""
+    """Writes a row to metrics.jsonl and the trackers, averaged since the last row. Returns the row."""
     progress = run.progress
     step = progress.step
     last_step, last_time = run.last_log
@@ -2180,7 +2180,7 @@ def log_metrics(run, bar, grad_norm):
 
 
 def validate_or_stop(run):
-    """Returns validate()'s metrics. If a signal prevents the validation, it is the first thing done on resume."""
+    """Calls validate(). If a stop signal prevents that, the resumed run begins with this validation."""
     run.progress.validation_due = True
     if run.stopping:
         return {}
@@ -2194,7 +2194,7 @@ def validate_or_stop(run):
 
 
 def update_weights(run):
-    """Runs the optimizer step, unless --on_nonfinite skip skips it, and advances run.progress by one step."""
+    """Runs the optimizer, unless --on_nonfinite skip omits this step, and advances run.progress by one step."""
     progress = run.progress
     may_skip = run.args.on_nonfinite == "skip" and run.accelerator.scaler is None  # a scaler skips by itself
     skip = read_reports(run) if may_skip else False
@@ -2210,7 +2210,7 @@ def update_weights(run):
 
 
 def train(run):
-    """Trains to max_train_steps or until a stop signal; returns the last metrics. Errors: TrainingError, Preempted."""
+    """Trains until max_train_steps or a stop signal. Returns the last metrics. Raises TrainingError or Preempted."""
     args = run.args
     accelerator = run.accelerator
     progress = run.progress
@@ -2266,7 +2266,7 @@ def train(run):
 
 
 def count_unet(unet, resolution, chunks, stage="base"):
-    """Returns (FLOP, bytes kept for backward) of one image, forward and backward through a UNet on the meta device."""
+    """Returns the FLOP of one image, forward and backward through the UNet, and the bytes kept for backward."""
     config, dtype = unet.config, unet.dtype
     kept = {}  # storage → itself, of every tensor saved for backward
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -2298,7 +2298,7 @@ def count_unet(unet, resolution, chunks, stage="base"):
 
 
 def measure_matmul(device, dtype):
-    """Returns the FLOP/s of a large matrix product, an upper bound for any training step."""
+    """Returns the FLOP/s of a large matrix product. No training step can be faster."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
     (a @ a @ a)[0, 0].item()  # warm-up
@@ -2311,7 +2311,7 @@ def measure_matmul(device, dtype):
 
 
 def estimate_resources(args, models, trained, device, images):
-    """Returns the memory of a device in bytes, part by part, and the least seconds that `images` images take."""
+    """Returns the memory that a device needs, part by part in bytes, and the shortest time for `images` images."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(models.vae.config)
@@ -2347,7 +2347,7 @@ def estimate_resources(args, models, trained, device, images):
 
 
 def log_preview(args, facts, damaged):
-    """Logs the contents of preview.json in a few lines."""
+    """Logs the most important numbers of preview.json in a few lines."""
     tokens = facts["caption_tokens"]
     memory = facts["memory_bytes"]
     filled = [bucket["images"] for bucket in facts["buckets"] if bucket["images"]]
@@ -2370,7 +2370,7 @@ def log_preview(args, facts, damaged):
 
 
 def preview(args, accelerator, progress):
-    """Does --dry_run: writes OUTPUT_DIR/preview, logs the run in a few lines, returns the contents of preview.json."""
+    """Runs --dry_run: writes the folder preview/, logs a summary and returns the content of preview.json."""
     dataset, mix, _ = make_data(accelerator, args, progress.seed)
     index = dataset.index
     signature = make_resume_signature(args, accelerator, index, mix)
@@ -2410,7 +2410,7 @@ def preview(args, accelerator, progress):
 
 
 def touch_preempt_file():
-    """Creates $PREEMPT_FILE, which tells the batch script that the run was stopped and should be continued."""
+    """Creates the file $PREEMPT_FILE, by which a batch script knows that the run is to be continued."""
     is_main = os.environ.get("RANK", "0") == "0"  # launchers also send SIGTERM to the others when it has failed
     if os.environ.get("PREEMPT_FILE") and is_main and stop.number != signal.SIGINT:
         Path(os.environ["PREEMPT_FILE"]).touch()
@@ -2419,8 +2419,8 @@ def touch_preempt_file():
 class SignalListener:
     """A thread that notes SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
 
-    It ends the process when there is nothing to save, when no step ends within STOP_SECONDS of a signal, and at a
-    second Ctrl-C. The end of the launcher counts as SIGTERM.
+    It ends the process if there is nothing to save, if no step ends within STOP_SECONDS of a signal, and at a second
+    Ctrl-C. The end of the launcher counts as SIGTERM.
     """
 
     def __init__(self, launcher_pid):
@@ -2485,7 +2485,7 @@ class SignalListener:
 
 @contextmanager
 def stop_signals():
-    """Context manager: signals mean "save and exit". At the end, the caller's handlers are restored."""
+    """Within this context, signals mean "save and exit". Then the caller's handlers are restored."""
     if stop.listener is not None:
         yield
         return
@@ -2497,7 +2497,7 @@ def stop_signals():
 
 
 class JsonlTracker(GeneralTracker):
-    """Writes metrics.jsonl, one JSON object per row. Rows that the full disk refuses are written later."""
+    """Writes metrics.jsonl, one JSON object per row. While the disk is full, rows wait in memory."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -2523,7 +2523,7 @@ class JsonlTracker(GeneralTracker):
 
 
 def check_world(accelerator):
-    """Errors: InputError when the launcher's processes do not form one group."""
+    """Raises InputError if the launcher's processes do not form one group."""
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         found = f"the launcher started {expected} processes, but each sees {accelerator.num_processes}"
@@ -2531,7 +2531,7 @@ def check_world(accelerator):
 
 
 def make_accelerator(args):
-    """Returns an Accelerator with our trackers and no autocast. Errors: InputError for unsupported flags."""
+    """Returns an Accelerator with our trackers. Raises InputError for flags that do not work on this machine."""
     output_dir = Path(args.output_dir)
     installed = [str(tracker) for tracker in get_available_trackers()]
     choices = {"all": installed, "none": [], **{name: [name] for name in installed}}
@@ -2566,7 +2566,7 @@ def make_accelerator(args):
 
 @contextmanager
 def readable_errors(args):
-    """Context manager: turns errors of libraries into errors that say what happened and what helps."""
+    """Within this context, errors of libraries become errors that say what happened and what helps."""
     resume = "the newest checkpoint is intact; continue with --resume_from_checkpoint latest"
     try:
         yield
@@ -2588,7 +2588,7 @@ def readable_errors(args):
 
 
 def prepare_output_dir(accelerator, args):
-    """Creates output_dir and starts this rank's log in it. Errors: InputError when it cannot be written."""
+    """Creates output_dir and starts this rank's log in it. Raises InputError if it cannot be written to."""
     log = Path(args.output_dir) / args.logging_dir / f"rank-{accelerator.process_index}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -2607,7 +2607,7 @@ def prepare_output_dir(accelerator, args):
 
 
 def run_on_main(accelerator, action):
-    """Calls action() on the main process; every rank gets its value, or raises its InputError."""
+    """Calls action() on the main process only. Every rank returns its value or raises its InputError."""
     answer = None
     if accelerator.is_main_process:
         try:
@@ -2626,7 +2626,7 @@ def run_on_main(accelerator, action):
 
 
 def claim_output_dir(args):
-    """Locks output_dir. Returns (checkpoint folder, its Progress) or (None, new Progress). Errors: InputError."""
+    """Locks output_dir. Returns the checkpoint to resume from, or None, and its Progress or a new one."""
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
     folder, progress = find_checkpoint(args)
@@ -2640,7 +2640,7 @@ def claim_output_dir(args):
 
 
 def load_frozen_models(args, accelerator, progress, signature, index):
-    """Loads the frozen models. Errors: InputError when a checkpoint was made with other ones or with other flags."""
+    """Loads the frozen models. Raises InputError if a checkpoint was made with other models or flags."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device)
     set_caption_chunks(args, accelerator, models, index)
@@ -2655,7 +2655,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """Adds adapters. Returns (models, wrapped in DDP if trained; {name: trained model}; optimizer)."""
+    """Adds adapters. Returns the models (with DDP if trained), {name: trained model}, and the optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
@@ -2707,7 +2707,7 @@ def make_run(args, accelerator, progress):
 
 
 def restore_output_dir(run, checkpoint):
-    """Resets output_dir to its state at the checkpoint, or empties it, and writes the files of the run."""
+    """Makes output_dir what it was at the checkpoint, or empties it, and writes the files of the run."""
     args = run.args
     output_dir = Path(args.output_dir)
     row_files = [output_dir / "metrics.jsonl", output_dir / "skipped.jsonl"]
@@ -2723,7 +2723,7 @@ def restore_output_dir(run, checkpoint):
 
 
 def begin(run, checkpoint):
-    """Loads the checkpoint, if any, prepares output_dir and starts the trackers. Errors: InputError on all ranks."""
+    """Loads the checkpoint, if any, prepares output_dir, and starts the trackers."""
     args = run.args
     accelerator = run.accelerator
     if checkpoint is not None:
@@ -2743,7 +2743,7 @@ def begin(run, checkpoint):
 
 
 def finish(run, metrics):
-    """Writes LoRA files and model card, even if the run was stopped, and uploads them. Errors: TrainingError."""
+    """Writes and uploads the results, also those of a stopped run. Raises TrainingError if the disk is full."""
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
@@ -2766,7 +2766,7 @@ def finish(run, metrics):
 
 
 def main(argv=None):
-    """Trains as the flags say; returns the last metrics."""
+    """Trains as the flags say. Returns the last metrics."""
     args = parse_args(argv)
     with stop_signals(), readable_errors(args):
         accelerator = make_accelerator(args)
