@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 900  # s; an edit that makes the tests hang is noticed too
+TIMEOUT = 400  # s; an edit that makes the tests hang is noticed too
 TRAINER = "train_sdxl_lora.py"
 DATA = "sdxl_data.py"
 EVALUATE = "evaluate.py"

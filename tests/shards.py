@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,8 +61,19 @@ def index_of_shard(path):
     return sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
 
 
-def load_index(shards, tmp_path, **flags):
+def load_index(shards, tmp_path, seed=1, **flags):
     flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
     fields = {"image_column": "image", "caption_column": "text", "species_key": "species_list"}
     args = SimpleNamespace(train_shards=[str(s) for s in shards], aesthetic_key="ae_aesthetic", **fields, **flags)
-    return trainer.load_index(ALONE, args, "--train_shards", seed=1)
+    return trainer.load_index(ALONE, args, "--train_shards", seed)
+
+
+def edit_shard(source, target, edit):
+    """Copies a shard; edit(name, bytes) returns the new bytes of each member, or None to leave it out."""
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old.getmembers():
+            data = edit(member.name, old.extractfile(member).read())
+            if data is not None:
+                member.size = len(data)
+                new.addfile(member, io.BytesIO(data))
+    return target

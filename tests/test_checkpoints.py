@@ -1,6 +1,7 @@
-"""Room 7: what is saved is all there is, appears whole, and loads in stock diffusers."""
+"""Section 7: checkpoints are complete and atomic, and stock diffusers loads the LoRA files."""
 
 import json
+import os
 import re
 import signal
 from functools import partial
@@ -13,6 +14,8 @@ from compare import assert_same_run
 from diffusers import StableDiffusionXLPipeline
 from harness import SDXL, assert_ok, run_trainer
 from hooks import die_in_micro_step, keep_own_pictures
+
+import train_sdxl_lora as trainer
 
 PROMPT = "Aquafin, standing on a beach, facing left"
 HARD = ["--train_text_encoder", "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2, "--max_train_steps", 6]
@@ -104,6 +107,41 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(flags, own_run):
 def test_resuming_with_other_mathematics_names_the_flag_and_both_values(flags, own_run, change, named):
     result = run_trainer([*flags, "--resume_from_checkpoint", "latest", *change], own_run)
     assert result.codes == [1] and named in result.output
+
+
+def test_rows_that_a_resume_writes_again_are_deleted(tmp_path):
+    rows = [{"step": step, "loss": 0.1} for step in (1, 4, 5)]
+    rows[2:2] = [{"step": 4, "val_loss": 0.2}]
+    path = tmp_path / "metrics.jsonl"
+    for validation_due, kept in ((False, 3), (True, 2)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "val_l')
+        trainer.trim_rows(path, trainer.Progress(step=4, validation_due=validation_due))
+        assert list(map(json.loads, path.read_text().splitlines())) == rows[:kept]
+
+
+def test_a_killed_save_leaves_no_checkpoint_and_nothing_after_the_next_start(tmp_path):
+    def die(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.write_checkpoint(tmp_path, 3, {"a.bin": lambda path: path.write_bytes(b"a"), "b.bin": die})
+    assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
+    trainer.lock_output_dir(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    events = []
+    rename, fsync = os.rename, os.fsync
+    monkeypatch.setattr(os, "rename", lambda *paths: events.append("rename") or rename(*paths))
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    files = {name: lambda path: path.write_bytes(b"a") for name in ("a.bin", "b.bin")}
+    assert trainer.write_checkpoint(tmp_path, 3, files) is None
+    before = events[: events.index("rename")]
+    unfinished = tmp_path / ".checkpoint-3.partial"
+    assert {str(unfinished / "a.bin"), str(unfinished / "b.bin"), str(unfinished)} < set(before)
+    assert any("checksums.json" in path for path in before)
+    assert events[-1] == str(tmp_path)
 
 
 def test_the_oldest_checkpoints_are_pruned(flags, tmp_path):

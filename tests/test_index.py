@@ -116,6 +116,8 @@ def test_max_train_samples_takes_the_same_samples_whatever_the_shards(tmp_path):
     ]
     assert len(chosen[0]) == 4
     assert set(chosen[0]) == set(chosen[1])
+    other = load_index(shards, tmp_path, seed=2, max_train_samples=4).table.column("key").to_pylist()
+    assert set(other) != set(chosen[0])
 
 
 def test_the_fingerprint_depends_on_the_samples_and_not_on_their_order():

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,41 @@ def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_
     assert len(delivered) == 24 and len(set(delivered)) == 24  # one pass: nothing lost, nothing twice
     progress = json.loads((tmp_path / "run/checkpoint-7/progress.json").read_text())
     assert progress["samples"] == 24
+
+
+# flags that change what is learned, each with a value that is not its default
+LEARNED = """
+    --rank 3; --lora_alpha 3; --lora_dropout 0.1; --lora_target_modules to_q; --use_dora; --use_rslora;
+    --train_text_encoder; --text_encoder_rank 3; --text_encoder_alpha 3; --vae_precision bf16; --base_precision int8;
+    --max_train_samples 9; --resolution 128; --crop center; --random_flip; --image_interpolation_mode box;
+    --species_key tags; --species_choice first; --species_mix 0 1 5; --species_mix_schedule cosine;
+    --aesthetic_key score; --aesthetic_scale 5; --caption_dropout_rate 0.5; --dropped_caption empty;
+    --long_captions chunk; --snr_gamma 1; --prediction_type v_prediction; --noise_offset 0.1;
+    --refiner_timestep_band 0 100; --optimizer prodigy; --learning_rate 1e-4; --text_encoder_lr_scale 0.5; --scale_lr;
+    --lr_scheduler constant; --lr_warmup_steps 2; --adam_beta1 0.5; --adam_beta2 0.5; --adam_weight_decay 0.5;
+    --adam_epsilon 1e-4; --max_grad_norm 2; --mixed_precision bf16
+"""
+FREE = "--logging_steps 3; --checkpointing_steps 9; --dataloader_num_workers 2; --max_train_steps 99; --compile"
+
+
+def sign(flags, folder, words):
+    """The resume signature of the smallest run with some more flags."""
+    args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", folder, *words.split()]])
+    accelerator = SimpleNamespace(mixed_precision=args.mixed_precision, num_processes=1)
+    index = SimpleNamespace(fingerprint=lambda: "data")
+    mix = SimpleNamespace(names=["mew"], data=[1.0])
+    return trainer.make_resume_signature(args, accelerator, index, mix)
+
+
+@pytest.mark.parametrize("words", [words.strip() for words in LEARNED.split(";")])
+def test_a_flag_that_changes_what_is_learned_must_not_change_on_resume(flags, tmp_path, words):
+    with pytest.raises(trainer.InputError, match=f"{words.split()[0]}: "):
+        trainer.check_resume(sign(flags, tmp_path, ""), sign(flags, tmp_path, words))
+
+
+@pytest.mark.parametrize("words", [words.strip() for words in FREE.split(";")])
+def test_other_flags_may_change_on_resume(flags, tmp_path, words):
+    trainer.check_resume(sign(flags, tmp_path, ""), sign(flags, tmp_path, words))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])

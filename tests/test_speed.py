@@ -1,24 +1,24 @@
-"""Rooms 2, 3 and 5, what makes runs fast or small: caches, kernels, compiling, recomputing, a quantized base.
+"""What makes runs fast or small: caches, kernels, compiling, recomputing, a quantized base.
 
 None of it may change what is computed beyond rounding, and a resumed run stays the interrupted run.
 """
 
 import functools
-import io
 import json
 import os
 import shutil
 import signal
-import tarfile
 import time
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from compare import assert_same_run, tensors_of
 from harness import SDXL, assert_ok, run_trainer, start_trainer
 from hooks import die_in_micro_step
+from shards import edit_shard
 
 import train_sdxl_lora as trainer
 
@@ -43,15 +43,6 @@ def largest_difference(a, b, step):
     weights = [name for name in first if "lora" in name and first[name].is_floating_point()]
     assert len(weights) > 50
     return max((first[name] - second[name]).abs().max().item() for name in weights)
-
-
-def edit_shard(source, target, edit):
-    """Copies a shard; edit(name, bytes) → bytes of each member."""
-    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
-        for member in old.getmembers():
-            data = edit(member.name, old.extractfile(member).read())
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
 
 
 def write_long_captions(world, target):
@@ -221,6 +212,13 @@ def test_other_pixels_captions_or_encoders_are_encoded_anew(flags, world, tmp_pa
         assert len(files(f"other-{n}", *more) - first - text) >= 2
         text |= files(f"other-{n}-again", *more)
     assert len(files("chunks", "--vae_precision", "bf16") - first - text) == 2
+    text |= files("chunks-again", "--vae_precision", "bf16")
+    shutil.copytree(SDXL / "vae", tmp_path / "vae")
+    weights = next((tmp_path / "vae").glob("*.safetensors"))
+    tensors = {name: 2 * tensor for name, tensor in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    other_vae = files("vae", "--pretrained_vae_model_name_or_path", tmp_path / "vae") - first - text
+    assert len(other_vae) == 2
 
 
 def test_a_cache_file_that_is_torn_or_another_is_refused_in_one_line(flags, tmp_path):

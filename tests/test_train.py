@@ -1,4 +1,4 @@
-"""Rooms 9 and 10: whole runs of the script."""
+"""Whole runs of the script."""
 
 import io
 import json

@@ -1,8 +1,9 @@
-"""Room 8: a loss that covers every sample once whatever the world, and pictures that are what users will get."""
+"""Section 8: the validation loss covers every sample once on any number of processes; sample images."""
 
 import json
 import re
 import shutil
+import tarfile
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from harness import ALONE, SDXL, assert_ok, run_trainer
 from PIL import Image
+from shards import edit_shard
 
 import train_sdxl_lora as trainer
 
@@ -30,6 +32,17 @@ def test_every_sample_is_validated_exactly_once(world, batch_size):
     assert seen == Counter(range(23))
 
 
+def test_the_noise_of_a_validation_sample_depends_on_its_id_alone():
+    hashes = np.random.default_rng(0).integers(0, 2**63, 23).astype(np.uint64)
+    orders = [np.arange(23), np.arange(23)[::-1]]
+    positions = []
+    for order in orders:
+        batches = trainer.validation_requests(SimpleNamespace(id_hashes=hashes[order]), 4, 0, 1, None)
+        requests = [request for requests, size in batches for request in requests[:size]]
+        positions.append({hashes[order][row]: position for row, _, _, position in requests})
+    assert positions[0] == positions[1] and len(set(positions[0].values())) == 23
+
+
 def val_losses(result):
     return [row["val_loss"] for row in result.metrics() if "val_loss" in row]
 
@@ -40,11 +53,28 @@ def test_the_loss_is_the_same_on_two_or_three_processes_and_at_any_batch_size(fl
     one = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "one")))
     two = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "two", processes=2)))
     three = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 4], tmp_path / "three", processes=3)))
-    odd = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 3], tmp_path / "odd")))
+    odd = val_losses(assert_ok(run_trainer([*argv, "--train_batch_size", 5], tmp_path / "odd")))  # 12 images: padded
     assert len(one) == 1
     assert one == pytest.approx(two, rel=1e-9)
     assert one == pytest.approx(three, rel=1e-9)
     assert one == pytest.approx(odd, rel=1e-6)
+
+
+def test_a_damaged_validation_image_counts_as_if_it_were_not_there(flags, world, tmp_path):
+    (shard,) = (world / "data/val").glob("*.tar")
+    with tarfile.open(shard) as members:
+        victim = next(name for name in members.getnames() if not name.endswith((".txt", ".json")))
+    key = victim.split(".")[0]
+    argv = [*flags, "--max_train_steps", 1, "--max_bad_fraction", 0.5]
+    argv += ["--lr_scheduler", "linear", "--lr_warmup_steps", 9]  # the adapters stay as they are
+    losses = []
+    for name, edit in (
+        ("cut", lambda name, data: data[: len(data) // 2] if name == victim else data),
+        ("without", lambda name, data: None if name.startswith(key) else data),
+    ):
+        edited = edit_shard(shard, tmp_path / f"{name}.tar", edit)
+        losses += val_losses(assert_ok(run_trainer([*argv, "--val_shards", edited], tmp_path / name)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_two_processes_draw_the_same_grid_as_one(flags, tmp_path):
@@ -193,3 +223,24 @@ def test_a_dry_run_counts_the_adapters_that_training_saves(flags, trained, tmp_p
     facts = json.loads((result.output_dir / "preview/preview.json").read_text())
     saved = safetensors.torch.load_file(trained.output_dir / "pytorch_lora_weights.safetensors")
     assert facts["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
+
+
+def test_the_best_validation_is_the_one_with_the_lowest_loss(monkeypatch):
+    losses = iter([0.3, 0.1, 0.2])
+    monkeypatch.setattr(trainer, "compute_validation_loss", lambda run: next(losses))
+    run = SimpleNamespace(
+        args=SimpleNamespace(validation_prompt=None, validation_prompts=None),
+        accelerator=SimpleNamespace(trackers=[]),
+        val_dataset=object(),
+        progress=trainer.Progress(),
+    )
+    found = []
+    for step in (5, 10, 15):
+        run.progress.step = step
+        found.append(trainer.validate(run))
+    assert [(row["val_loss"], row["best_val_loss"], row["best_step"]) for row in found] == [
+        (0.3, 0.3, 5),
+        (0.1, 0.1, 10),
+        (0.2, 0.1, 10),
+    ]
+    assert run.progress.best == {"val_loss": 0.1, "step": 10}
