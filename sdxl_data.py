@@ -721,7 +721,7 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 # -----------------------------------------------------------------------------
 
 
-# Seam: which samples are trained on. Contract: acceptance(step) is an array over (labels…, unlabelled) in [0, 1].
+# Seam: which samples are trained on. Contract: acceptance(step) has a number in [0, 1] per label and one for no label.
 class SpeciesMix:
     """Class probabilities p = (1 - m) · uniform + m · share of the data. m depends on the optimizer step only.
 
@@ -815,7 +815,7 @@ class SamplePlan:
         draw = uniform(BUCKET, self.seed, self.step)
         bucket = int(np.searchsorted(np.cumsum(self.bucket_weights(self.step))[:-1], draw, side="right"))
         acceptance = self.mix.acceptance(self.step)
-        # scaled so that the likeliest class of this bucket is always accepted: fewer epochs, the same distribution
+        # Only the ratios matter: scale them so that the likeliest class of this bucket is always accepted.
         acceptance = acceptance / acceptance[self.arrivals[bucket] > 0].max()
         cursor = self.cursors[bucket]
         rows, labels = [], []
@@ -922,7 +922,7 @@ def assign_buckets(index, resolution):
     return replace(index, bucket_sizes=bucket_sizes, buckets=nearest_buckets(index.sizes(), bucket_sizes))
 
 
-# Seam: crops. Contract: (top, left) of a window inside the image, which was scaled to cover a window of that size.
+# Seam: crops. Contract: (top, left) of a window inside the image. ImageDataset.crop_window calls the one of --crop.
 def random_ar_crop(height, width, resolution, u):
     """Returns (top, left) of a square near the middle; beyond 2:1, in the middle or at the start. u is random."""
     long = max(height, width)

@@ -85,13 +85,16 @@ class Preempted(Exception):
 
 @dataclass
 class StopRequest:
-    """The stop signal that this process received. It is true once a signal has come. Section 11 listens for it."""
+    """The stop signal that this process received; true once there is one.
+
+    SignalListener (section 11) sets it, send_report (section 9) tells all ranks, and then train() saves and ends.
+    """
 
     number: int | None = None  # of the signal
     since: float = 0.0  # time.monotonic() when it came
     last_progress: float = 0.0  # time.monotonic() of the newest sign that training advances
     has_step: bool = False  # a step has ended, so there is something to save
-    patient: bool = False  # no time limit for the next sign of progress
+    patient: bool = False  # the process may work without a sign of progress, for example while it saves
     listener: object = None  # SignalListener while signals are listened for
 
     def __bool__(self):
@@ -1327,9 +1330,8 @@ def make_optimizer(args, groups, learning_rate):
         if args.optimizer == "prodigy":
             import prodigyopt
 
-            groups = [
-                group | {"lr": learning_rate, "initial_lr": learning_rate} for group in groups
-            ]  # it takes only one
+            for group in groups:  # Prodigy takes only one learning rate
+                group.update(lr=learning_rate, initial_lr=learning_rate)
             return prodigyopt.Prodigy(groups, lr=learning_rate, eps=args.adam_epsilon, safeguard_warmup=True, **adam)
     except ImportError as error:
         raise InputError(f"--optimizer: {args.optimizer} needs a package that does not load here: {error}") from error
@@ -2244,7 +2246,7 @@ def train(run):
         logs = done or step % args.logging_steps == 0
         validates = done or step % (args.validation_steps or args.validation_epochs * run.steps_per_epoch) == 0
         saves = step % args.checkpointing_steps == 0 and step >= args.checkpointing_after_steps
-        # A step's numbers are read one step late, so that none waits for its own; but at once where they are used.
+        # A report is read after the next step, so that the GPU never waits for it; but at once where it is needed.
         read_reports(run, late=0 if logs or validates or saves else 1)
         if logs:
             metrics = log_metrics(run, bar, grad_norm)

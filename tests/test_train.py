@@ -163,6 +163,12 @@ def test_latest_without_a_checkpoint_starts_fresh(flags, tmp_path):
     assert [row["step"] for row in result.metrics()] == [1, 2, 3, 4]
 
 
+def test_a_row_has_the_mean_loss_of_the_steps_since_the_last_row(flags, trained, tmp_path):
+    losses = [row["loss"] for row in trained.metrics()]
+    pairs = assert_ok(run_trainer([*flags, "--logging_steps", 2], tmp_path / "run")).metrics()
+    assert [row["loss"] for row in pairs] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-9)
+
+
 def test_bf16_trains_and_samples(flags, tmp_path):
     argv = [*flags, "--mixed_precision", "bf16", "--max_train_steps", 2, "--train_batch_size", 1]
     argv += ["--validation_prompt", "Aquafin", "--num_validation_images", 1]
