@@ -709,9 +709,10 @@ def find_nearest(vectors, reference, itself=False):
 
 
 def compare_with_training(embeddings, thumbnails, reference, itself=False):
-    """Finds the nearest training images. Returns "nearest_similarity", "copy_similarity" and "nearest", (n,) each.
+    """Compares n images with all training images. Returns three arrays (n,).
 
-    The first is by CLIP. The second is the correlation of thumbnails, also mirrored; "nearest" is the index by it.
+    "nearest_similarity" is the highest similarity by CLIP. "copy_similarity" is the highest correlation of thumbnails,
+    also of mirrored ones, and "nearest" is the index of the training image that has it.
     """
     similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
     both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)

@@ -590,7 +590,7 @@ def write_yaml(path, content):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within this context, signals set `stop`. Then the caller's handlers are restored."""
+    """Context manager in which signals set `stop`. At the end, the caller's handlers are restored."""
     previous = {number: signal.signal(number, stop.receive) for number in STOP_SIGNALS}
     try:
         yield

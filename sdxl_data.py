@@ -347,7 +347,7 @@ class Shard:
         return self.read_once(offset, size)
 
     def peek(self, offset, size):
-        """Does what read() does, but reads READ_AHEAD bytes at once, because most tar members are small."""
+        """Like read(), but it fetches READ_AHEAD bytes at once and keeps them: most tar members are small."""
         start, block = self.block
         if not start <= offset <= offset + size <= start + len(block):
             block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
@@ -497,7 +497,7 @@ def measure_image(head, read_all=None):
 
 
 def read_member(shard, member):
-    """Returns the bytes of a file in a shard. `head` often holds all of them."""
+    """Returns all bytes of a file in a shard. `member` is its offset, its size and its first bytes."""
     offset, size, head = member
     return head if len(head) == size else shard.read(offset, size)
 
@@ -688,7 +688,7 @@ def count_damaged(damage):
 
 
 def drop_duplicates(table, damage):
-    """Removes rows with a repeated image_id from the table, and adds them to the damage."""
+    """Keeps the first row of each image_id. Removes the others and adds them to the list of damage."""
     ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
@@ -723,10 +723,10 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 
 # Seam: which samples are trained on. Contract: acceptance(step) has a number in [0, 1] per label and one for no label.
 class SpeciesMix:
-    """Class probabilities p = (1 - m) · uniform + m · share of the data. m depends on the optimizer step only.
+    """Class probabilities p = (1 - m) · uniform + m · share of the data. m changes with the optimizer step.
 
-    Samples of class s arrive with frequency a(s) and are accepted with probability c p(s) / a(s), where c = min a / p.
-    So accepted samples have exactly the distribution p. Unlabelled ones are accepted with UNLABELLED_ACCEPTANCE.
+    Samples of class s arrive with frequency a(s). Each is accepted with probability c · p(s) / a(s), where c is the
+    smallest a(s) / p(s). So accepted samples have exactly the distribution p. For unlabelled ones it is constant.
     """
 
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
@@ -757,7 +757,7 @@ class SpeciesMix:
         return (1 - m) * self.uniform + m * self.data
 
     def acceptance(self, step):
-        """Returns the probability to accept a sample of each class, and last one without label, (K + 1,)."""
+        """Returns (K + 1,) acceptance probabilities: one per class, the last for samples without a label."""
         if not self.support.any():
             return np.ones(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -876,7 +876,7 @@ class MicroBatches:
 
 
 def open_image(data, cover=None):
-    """Opens an image as RGB, rotated as its EXIF says, on white. Also returns the file's (height, width).
+    """Decodes an image to RGB, upright and on white. Also returns its full (height, width).
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still covers `cover` (height, width): four times as fast
     for 1024 px out of 2048 px. Raises ValueError if the image is damaged, cut short or a decompression bomb.
@@ -924,7 +924,7 @@ def assign_buckets(index, resolution):
 
 # Seam: crops. Contract: (top, left) of a window inside the image. ImageDataset.crop_window calls the one of --crop.
 def random_ar_crop(height, width, resolution, u):
-    """Returns (top, left) of a square near the middle; beyond 2:1, in the middle or at the start. u is random."""
+    """Returns (top, left) of a square near the middle. In images beyond 2:1 it is in the middle or at the start."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -978,7 +978,7 @@ class ImageDataset:
         return shard.read(row["offset"], row["size"])
 
     def open(self, row, bucket):
-        """Returns the image and the (height, width) of its file. Raises ValueError if it is damaged."""
+        """Returns the image and its original (height, width). Raises ValueError if it is damaged."""
         image, original_size = open_image(self.read(row), bucket)
         if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
             raise ValueError("EXIF behind the pixels turns the image: wrong bucket")
@@ -1007,7 +1007,7 @@ class ImageDataset:
         return {"pixels": pixels, **sizes}
 
     def load(self, row, bucket, step):
-        """Returns the crop of a row at a step, mirrored or not."""
+        """Returns the crop of a row. The step decides where it is and whether it is mirrored."""
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):
@@ -1034,7 +1034,7 @@ class ImageDataset:
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
     def first_intact(self, i, label, load, same_bucket=False):
-        """Loads row i or, if it is damaged, another row. Returns the row, what was loaded, the damage."""
+        """Loads row i, or another row if it is damaged. Returns the row, its data and the list of damage."""
         tried, damage = [i], []
         while len(tried) <= MAX_DAMAGED_IN_A_ROW:
             row = self.index.row(tried[-1])
@@ -1098,7 +1098,7 @@ class EncodedDataset:
 
 
 def collate(samples):
-    """Joins samples to a batch: pixels (B, 3, H, W) uint8, sizes and scores float32; other fields are lists."""
+    """Joins samples into a batch: pixels (B, 3, H, W) uint8, sizes and scores float32; other fields are lists."""
     import torch
 
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}

@@ -475,7 +475,7 @@ def check_output_paths(parser, args):
 
 
 def parse_args(argv=None):
-    """Reads and checks the flags and fills in all defaults. Nothing changes the result later."""
+    """Reads and checks the flags and fills in all defaults. The result is never changed afterwards."""
     parser = make_parser()
     args = parser.parse_args(argv)
     set_defaults(args)
@@ -554,12 +554,12 @@ def weight_dtype_of(precision):
 
 
 def short_reason(error, length=300):
-    """Returns the text of a library's error, cut and on one line, to be quoted in an error of our own."""
+    """Returns the text of an exception on one line, cut to `length` characters."""
     return " ".join(str(error).split())[:length]
 
 
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
-    """Calls `loader` for one part of the model that `flag` names. Raises InputError if it cannot be loaded."""
+    """Loads one part of the model that `flag` names, for example its VAE. Raises InputError if that fails."""
     path = getattr(args, flag.removeprefix("--"))
     if flag != "--refiner_unet":
         options["revision"] = args.revision
@@ -570,7 +570,7 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
-    """Loads the UNet of --stage, or only its structure. Raises InputError if it does not fit the text encoders."""
+    """Loads the UNet to train, without its weights if `weights` is false. Raises InputError if it does not fit."""
     flag = "--pretrained_model_name_or_path"
     subfolder = "unet"
     if args.stage == "refiner":
@@ -594,7 +594,7 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 
 
 def merge_text_encoder_2_lora(text_encoder_2, path):
-    """Merges a LoRA's text_encoder_2 part into the weights. Raises InputError if it has none or does not load."""
+    """Merges a LoRA file's part for text_encoder_2. Raises InputError if the file has no such part."""
     loader = diffusers.StableDiffusionXLPipeline
     try:
         state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
@@ -668,7 +668,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
 
 
 def load_base_pipeline(args, models, weight_dtype):
-    """Loads the base model and --validation_base_lora. It draws the first steps of the refiner's sample images."""
+    """Loads the base model's pipeline, which begins the sample images that the refiner finishes."""
     options = {"dtype": weight_dtype, "variant": args.variant, "vae": None, "add_watermarker": False}
     pipeline = load_part(args, diffusers.StableDiffusionXLPipeline.from_pretrained, None, **options)
     pipeline.register_modules(scheduler=models.sampling_scheduler)
@@ -771,7 +771,7 @@ def add_adapters(args, models, seed):
 class DequantizedProduct(torch.autograd.Function):
     """Computes x W^T + b, where W (out, in) is int8 with one scale per row (out, 1). Saves W for backward, but not x.
 
-    bitsandbytes' layer saves x too, which checkpointing cannot free, and rounds x to int8 on CUDA.
+    bitsandbytes' layer keeps x in memory even with checkpointing, and on CUDA it rounds x to int8.
     """
 
     @staticmethod
@@ -823,7 +823,7 @@ def quantize_linears(model, precision, compute_dtype):
 
 
 class SdpaAttention(AttnProcessor2_0):
-    """diffusers' attention with one fixed PyTorch kernel, which activation checkpointing uses again."""
+    """diffusers' attention with one fixed PyTorch kernel, also when checkpointing runs it a second time."""
 
     def __init__(self, backend):
         super().__init__()
@@ -835,7 +835,7 @@ class SdpaAttention(AttnProcessor2_0):
 
 
 def set_attention(unet, name):
-    """Makes the UNet use an attention kernel, and runs it once. Raises InputError if it does not work here."""
+    """Switches the UNet to an attention kernel and tries it. Raises InputError if it does not work here."""
     if name == "sdpa":
         return
     try:
@@ -853,7 +853,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`. For "auto", returns the mildest mode that leaves 20 % of the memory free."""
+    """Returns `mode` or, if that is "auto", the mildest mode that needs at most 80 % of the free memory."""
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -911,7 +911,7 @@ def set_speed(args, models, trained, device):
 
 
 def index_shards(accelerator, args, flag, fields):
-    """Indexes the shards of `flag`; the ranks share the work. Returns the table, the damage and the shards' stamps."""
+    """Indexes the shards that `flag` names; the ranks share the work. Returns the table, the damage and the stamps."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -943,7 +943,7 @@ def check_bad_fraction(flag, bad, total, limit):
 
 
 def load_index(accelerator, args, flag, seed):
-    """Returns the Index of the data of `flag`. Raises InputError if no sample is usable or too many are damaged."""
+    """Indexes the data that `flag` names. Raises InputError if no sample is usable or too many are damaged."""
     fields = data.Fields(args.image_column, args.caption_column, args.species_key, args.aesthetic_key)
     stamps = {}
     images = None
@@ -1013,7 +1013,7 @@ def to_pixel_values(pixels):
 
 
 def to_device(tensor, device):
-    """Copies a tensor to `device`; through pinned memory, so that the CPU does not wait for the GPU."""
+    """Copies a tensor to `device`, from pinned memory, so that the CPU need not wait for the GPU."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -1033,7 +1033,7 @@ def move_batch(batch, device):
 
 
 def tokenize(tokenizer, captions, chunks=1):
-    """Returns token ids, (B * chunks, 77) int64. The rows of a caption follow each other.
+    """Returns token ids (B * chunks, 77), int64: `chunks` consecutive rows for each caption.
 
     Each row holds up to 75 tokens between the begin and end tokens, padded. Tokens after the last row are dropped.
     """
@@ -1048,7 +1048,7 @@ def tokenize(tokenizer, captions, chunks=1):
 
 
 def count_chunks(tokenizer, captions, mode):
-    """Returns the chunks per caption, how many captions will be cut, and the tokens of the longest caption."""
+    """Returns the chunks per caption, how many captions will be cut, and how many tokens the longest has."""
     length = tokenizer.model_max_length - 2
     captions = [caption for caption in captions if len(caption.encode()) > length]  # a token is at least a byte
     tokens = [len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] if captions else [0]
@@ -1080,7 +1080,7 @@ def encode_prompts(models, captions, device):
 
 
 def encode_captions(models, batch, device, with_empty=False):
-    """Returns the batch's prompt_embeds and pooled_prompt_embeds, and the same pair for "" if with_empty."""
+    """Returns a batch's prompt_embeds and pooled_prompt_embeds; if with_empty, also those of an empty caption."""
     if "prompt_embeds" in batch:
         return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
     if not with_empty:
@@ -1090,7 +1090,7 @@ def encode_captions(models, batch, device, with_empty=False):
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
-    """Replaces the embeddings of samples where `dropped` (B,) is true by those of `empty`, or by zeros.
+    """Where `dropped` (B,) is true, replaces a sample's embeddings with `empty`, or with zeros if that is None.
 
     All captions are encoded first: if one rank skipped an encoder, DDP would wait for that rank forever.
     """
@@ -1122,7 +1122,7 @@ def sample_latents(vae, moments, vae_noise):
 def fill_cache(accelerator, cache, encode, title):
     """Writes the missing files of a cache. The ranks share the work; afterwards each writes what its own disk lacks.
 
-    encode(groups of rows) yields, for each group, what EncodingCache.write takes. Raises Preempted or InputError.
+    For each group of rows, encode() yields what EncodingCache.write takes. Raises Preempted or InputError.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
@@ -1146,7 +1146,7 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields for each group of rows a dict: image id → moments and sizes for each flip, or what is damaged."""
+    """Yields, for each group of rows, {image id: moments and sizes of each flip, or why it is damaged}."""
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1162,7 +1162,7 @@ def encode_images(models, dataset, device, workers, groups):
 
 
 def cache_latents(accelerator, models, dataset, folder, workers):
-    """Encodes all images, with random_flip also mirrored, into an EncodingCache, and returns it."""
+    """Encodes all images, and their mirror images if --random_flip is on. Returns the EncodingCache."""
     index = dataset.index
     settings = [1, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
     settings += [dataset.interpolation.name, dataset.random_flip, index.images and index.images._fingerprint]
@@ -1176,7 +1176,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields for each group of rows a dict: image id → prompt_embeds and pooled_prompt_embeds."""
+    """Yields, for each group of rows, {image id: prompt_embeds and pooled_prompt_embeds}."""
     for group in groups:
         texts = [captions[i] for i in group]
         with torch.no_grad():
@@ -1186,7 +1186,7 @@ def encode_texts(models, ids, captions, device, groups):
 
 
 def cache_text_embeddings(accelerator, models, dataset, folder):
-    """Encodes all captions into an EncodingCache and returns it."""
+    """Encodes all captions. Returns the EncodingCache."""
     ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
     settings += [models.stage, models.caption_chunks]
@@ -1197,7 +1197,7 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
 
 
 def cache_encodings(accelerator, args, models, image_datasets):
-    """Fills the caches that the flags ask for. Returns the datasets with them, and frees the encoders' memory."""
+    """Fills the caches that the flags ask for and moves encoders to the CPU. Returns datasets that read the caches."""
     folder = Path(args.cache_dir or args.output_dir) / "encodings"
     folder.mkdir(parents=True, exist_ok=True)
     encoded = []
@@ -1229,7 +1229,7 @@ def cache_encodings(accelerator, args, models, image_datasets):
 # latents; all from the samples' own seeds, so that the draw is the same on any number of processes. Add a new draw at
 # the end of the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
-    """Draws per sample, from its seed: vae_noise, noise (B, *latent_shape), timesteps (B,), caption_draws (B,)."""
+    """Draws vae_noise and noise (B, *latent_shape), timesteps and caption_draws (B,), each sample by its own seed."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -1243,7 +1243,7 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """Calls sample_noise for a batch: with the shape of its latents, on its device."""
+    """Calls sample_noise with the shape of this batch's latents. The draws are on the batch's device."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
@@ -1254,9 +1254,9 @@ def sample_batch_noise(models, batch, noise_offset):
     return move_batch(draws, batch["original_sizes"].device)
 
 
-# Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios.
+# Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios. Min-SNR: arXiv:2303.09556, sec. 3.4.
 def compute_snr_weights(snr, gamma, prediction_type):
-    """Returns (B,) weights min(snr, gamma) / snr; v-prediction: / (snr + 1). Min-SNR, arXiv:2303.09556, sec. 3.4."""
+    """Returns (B,) weights: min(snr, gamma) / snr, or for v-prediction min(snr, gamma) / (snr + 1)."""
     if not gamma:
         return torch.ones_like(snr)
     return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
@@ -1340,7 +1340,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """Returns diffusers' learning-rate schedule as a function of the step. It does not depend on the GPUs."""
+    """Returns diffusers' learning-rate schedule as a function of the step, the same for any number of GPUs."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1414,7 +1414,7 @@ def list_differences(saved, current):
 
 
 def check_resume(saved, current, allow_batch_change=False):
-    """Raises InputError if the run is not the one of the checkpoint, and lists what differs."""
+    """Compares a checkpoint's resume signature with the current one. Raises InputError listing what differs."""
     compared = {name: value for name, value in current.items() if not (allow_batch_change and name == "global_batch")}
     different = list_differences(saved, compared)
     if different:
@@ -1482,7 +1482,7 @@ def kohya_state_dict(trained, adapters):
 
 
 def lora_files(trained, stage):
-    """Copies the adapters, and returns a function for each of the two LoRA files that writes it to a path."""
+    """Copies the adapters. Returns {file name: function that writes the file to a path} for both LoRA files."""
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
@@ -1507,10 +1507,10 @@ def save_lora(trained, folder, stage):
 
 
 def checkpoint_files(run):
-    """Copies all state, and returns for each file of a checkpoint a function that writes it to a path.
+    """Copies all state that a resume needs. Returns {file name: function that writes the file to a path}.
 
-    Training can continue while they write; during Accelerate's save_state it would wait. Names and formats are the
-    same. There is no state per rank: all ranks have the same weights, and every draw is a function of the step.
+    Training continues while the files are written. Their names and formats are those of Accelerate's save_state, which
+    would stop training. No rank has a state of its own: weights are equal, and draws depend on the step.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -1595,7 +1595,7 @@ def write_checkpoint(output_dir, step, files, keep=None):
 
 
 def report_unsaved(run):
-    """Saves the LoRA to another disk if the last checkpoint was not written. Raises TrainingError with its path."""
+    """Saves the LoRA elsewhere, because the last checkpoint failed. Raises TrainingError, which says where."""
     args = run.args
     step = run.progress.step
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
@@ -1607,7 +1607,7 @@ def report_unsaved(run):
 
 
 def save_checkpoint(run, last):
-    """Starts writing checkpoint-N, and waits for the `last` one. Raises TrainingError if that cannot be written."""
+    """Starts to write a checkpoint. Waits for it if it is the `last`, and raises TrainingError if it fails."""
     args = run.args
     fault = None
     stop.patient = True
@@ -1814,7 +1814,7 @@ def push_to_hub(args):
 
 @contextmanager
 def evaluating(models):
-    """Within this context, the models are in eval mode, uncompiled, and without gradients."""
+    """Context manager that puts the models in eval mode, uncompiled and without gradients."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1830,7 +1830,7 @@ def evaluating(models):
 def validation_requests(index, batch_size, rank, world, max_batches):
     """Returns this rank's validation batches as (requests, size). Requests after the first `size` are padding.
 
-    A request is (row, label, step, position). The position seeds the noise: a hash of the image id, equal in all runs.
+    A request is (row, label, step, position). The position, which seeds the noise, is a hash of the image id.
     """
     rows = np.argsort(index.id_hashes, kind="stable")
     batches = []
@@ -1872,7 +1872,7 @@ def compute_validation_loss(run):
 
 @contextmanager
 def stock_forward(*modules):
-    """Within this context, `forward` is without Accelerate's wrapper, whose output breaks diffusers' pipelines."""
+    """Context manager that removes Accelerate's wrapper of `forward`, whose output diffusers' pipelines refuse."""
     wrapped = [(m, m.__dict__.pop("forward")) for m in modules if "forward" in m.__dict__]
     try:
         yield
@@ -1883,7 +1883,7 @@ def stock_forward(*modules):
 
 @contextmanager
 def on_device(device, *modules):
-    """Within this context, modules that wait on the CPU are on `device`."""
+    """Context manager that moves modules from the CPU to `device`, and back to the CPU at the end."""
     waiting = [module for module in modules if module.device != device]
     for module in waiting:
         module.to(device)
@@ -1933,7 +1933,7 @@ def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_
 
 
 def draw_grid(images, prompts, columns):
-    """Returns a PIL image with the images of each prompt in a row under it. `images` is (n, S, S, 3) uint8."""
+    """Draws a row of images for each prompt, under the prompt. `images` is (n, S, S, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -2096,7 +2096,7 @@ class Report:
 
 
 def send_report(run, losses, grad_norm, keys, skipped):
-    """Starts to sum up the step's Report over the ranks: the only such sum besides that of the gradients."""
+    """Starts to add up the step's Report over all ranks. Nothing else is exchanged per step, besides gradients."""
     on_gpu = losses.device.type == "cuda"
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
     own = to_device(own, losses.device)
@@ -2131,7 +2131,7 @@ def count_nonfinite_step(run, report, loss):
 
 
 def read_reports(run, late=0):
-    """Adds all reports but the newest `late` to run.progress. Returns whether the last one read has a NaN or infinity.
+    """Adds all reports but the newest `late` to run.progress. Returns whether the last of these is not finite.
 
     All ranks read the same reports. After a stop signal it sets run.stopping and leaves no report unread.
     """
@@ -2157,7 +2157,7 @@ def read_reports(run, late=0):
 
 
 def log_metrics(run, bar, grad_norm):
-    """Writes a row to metrics.jsonl and the trackers, averaged since the last row. Returns the row."""
+    """Writes a row to metrics.jsonl and the trackers, with the mean loss since the last row. Returns the row."""
     progress = run.progress
     step = progress.step
     last_step, last_time = run.last_log
@@ -2412,7 +2412,7 @@ def preview(args, accelerator, progress):
 
 
 def touch_preempt_file():
-    """Creates the file $PREEMPT_FILE, by which a batch script knows that the run is to be continued."""
+    """Creates the file $PREEMPT_FILE, which tells a batch script to queue the job again."""
     is_main = os.environ.get("RANK", "0") == "0"  # launchers also send SIGTERM to the others when it has failed
     if os.environ.get("PREEMPT_FILE") and is_main and stop.number != signal.SIGINT:
         Path(os.environ["PREEMPT_FILE"]).touch()
@@ -2487,7 +2487,7 @@ class SignalListener:
 
 @contextmanager
 def stop_signals():
-    """Within this context, signals mean "save and exit". Then the caller's handlers are restored."""
+    """Context manager in which signals mean "save and exit". At the end, the caller's handlers are restored."""
     if stop.listener is not None:
         yield
         return
@@ -2568,7 +2568,7 @@ def make_accelerator(args):
 
 @contextmanager
 def readable_errors(args):
-    """Within this context, errors of libraries become errors that say what happened and what helps."""
+    """Context manager that turns errors of libraries into errors that say what happened and what helps."""
     resume = "the newest checkpoint is intact; continue with --resume_from_checkpoint latest"
     try:
         yield
@@ -2628,7 +2628,7 @@ def run_on_main(accelerator, action):
 
 
 def claim_output_dir(args):
-    """Locks output_dir. Returns the checkpoint to resume from, or None, and its Progress or a new one."""
+    """Locks output_dir. Returns the checkpoint to resume from and its Progress, or None and a new Progress."""
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
     folder, progress = find_checkpoint(args)
@@ -2709,7 +2709,7 @@ def make_run(args, accelerator, progress):
 
 
 def restore_output_dir(run, checkpoint):
-    """Makes output_dir what it was at the checkpoint, or empties it, and writes the files of the run."""
+    """Deletes what an earlier run wrote after the checkpoint, and writes config.yaml, run.json and the scripts."""
     args = run.args
     output_dir = Path(args.output_dir)
     row_files = [output_dir / "metrics.jsonl", output_dir / "skipped.jsonl"]
@@ -2745,7 +2745,7 @@ def begin(run, checkpoint):
 
 
 def finish(run, metrics):
-    """Writes and uploads the results, also those of a stopped run. Raises TrainingError if the disk is full."""
+    """Writes LoRA and model card, also after a stop. Uploads finished runs. Raises TrainingError on a full disk."""
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
