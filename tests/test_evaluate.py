@@ -335,6 +335,19 @@ def test_means_are_weighted_by_count():
     assert evaluate.bootstrap([1, 1, 1, 5], ["a", "a", "a", "b"])["mean"] == 2
 
 
+def test_differences_from_the_base_model_are_paired_by_prompt_and_seed():
+    models = [evaluate.Model("base model"), evaluate.Model("lora")]
+    rows = []
+    for n in range(12):
+        row = {"prompt_id": f"prompt {n // 2}", "seed": n % 2}
+        rows.append({"model": "base model", "score": n * n / 100, **row})
+        rows.insert(0, {"model": "lora", "score": n * n / 100 + 0.5, **row})
+    found = evaluate.summarise(models, rows)["lora"]
+    paired = found["vs_base"]["score"]
+    assert [paired[name] for name in ("mean", "low", "high")] == pytest.approx([0.5, 0.5, 0.5])
+    assert found["score"]["high"] - found["score"]["low"] > 0.3
+
+
 # ---- outputs
 
 

@@ -108,6 +108,12 @@ def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_pat
     assert changed.column("key").to_pylist()[0] == "t0"
 
 
+def test_extensions_may_be_in_upper_case(tmp_path):
+    parts = {name.upper() if name != "__key__" else name: part for name, part in sample("a").items()}
+    rows, damage = index_shard(write_shard(tmp_path / "a.tar", [parts]))
+    assert damage == [] and rows[0]["caption"] == "a drawing of a" and rows[0]["labels"] == ["mew"]
+
+
 def test_max_train_samples_takes_the_same_samples_whatever_the_shards(tmp_path):
     shards = [write_shard(tmp_path / f"{n}.tar", [sample(key) for key in KEYS[5 * n : 5 * n + 5]]) for n in (0, 1)]
     chosen = [

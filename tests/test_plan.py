@@ -49,6 +49,18 @@ def long_tailed_labels():
     return [[f"species {s}"] + [f"species {(s * 5 + 3) % SPECIES}"] * (i % 4 == 0) for i, s in enumerate(first)]
 
 
+def test_one_of_several_labels_is_drawn_anew_in_every_epoch():
+    index = index_of([["mew", "pichu"]] * 30)
+    mix = sdxl_data.SpeciesMix(index, "random")
+    plan = sdxl_data.SamplePlan(index, mix, "random", seed=0, global_batch=4)
+    drawn = {row: set() for row in range(30)}
+    for epoch in range(20):
+        rows, labels, _ = plan.begin_epoch(0, epoch)
+        for row, label in zip(rows, labels):
+            drawn[row].add(int(label))
+    assert all(labels == {0, 1} for labels in drawn.values())
+
+
 def distribution(labels, choice):
     """How often each label would be drawn if every row arrived once."""
     shares = Counter()

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import os
 import re
 import socketserver
@@ -304,3 +305,14 @@ def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
     args.caption_column = "text"
     with pytest.raises(sdxl_data.InputError, match="--caption_column: .* has columns picture, caption, species_list"):
         load()
+
+
+def test_a_download_that_is_cut_short_is_repeated(tmp_path, monkeypatch):
+    whole = bytes(range(256)) * 40
+    answers = [whole[:5000], whole[:-1], whole]
+    monkeypatch.setattr(sdxl_data.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(answers.pop(0)))
+    monkeypatch.setattr(sdxl_data.time, "sleep", lambda seconds: None)
+    copy = sdxl_data.copy_shard("https://host/a.tar", f"{len(whole)} tag", tmp_path)
+    with open(copy, "rb") as file:
+        assert file.read() == whole
+    assert answers == []
