@@ -5,7 +5,7 @@
 
 Each edit is made in a copy of the repository, and the test files named beside it are run there until one fails. The
 same tests must pass first in a copy without an edit. Writes mutants.json, which also makes a stopped run continue, and
-prints a table. Exits with 1 when an edit survives that has no reason to. 80 edits take about an hour on two cores.
+prints a table. Exits with 1 when an edit survives that has no reason to. 96 edits take about 50 minutes on two cores.
 """
 
 import argparse
@@ -362,8 +362,7 @@ def main():
             return
 
         # A finished edit is tried again when it has changed, and when it survived.
-        waiting = [m for m in chosen if asdict(m).items() - rows.get(m.name, {"survived": True}).items()]
-        waiting += [m for m in chosen if m not in waiting and rows[m.name]["survived"]]
+        waiting = [m for m in chosen if asdict(m).items() - rows.get(m.name, {}).items() or rows[m.name]["survived"]]
         needed = sorted({name for mutant in waiting for name in mutant.tests.split()})
         if needed:
             passed, failure, seconds = run_tests(folder, " ".join(needed), args.workers, timeout=3600)
