@@ -152,7 +152,7 @@ def parse_own_flags(argv):
 
 
 class Stop:
-    """The stop signal that this process received. It is true once a signal has come."""
+    """The stop signal that this process has received, if any. The object is truthy once there is one."""
 
     def __init__(self):
         self.number = None

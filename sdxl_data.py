@@ -289,7 +289,7 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """Reads a shard or an image file: local, or by URL. A URL is copied first if its server cannot send parts.
+    """Reads a shard or an image file, from disk or a URL. If the server cannot send parts, the file is copied first.
 
     `stamp` changes when the file does: its size and time, or for a URL its size and ETag. A pipe's never changes.
     Each process makes its own objects, because connections do not survive a fork.
@@ -453,7 +453,7 @@ def group_members(members):
 
 
 def read_labels(metadata, name):
-    """Returns a sample's labels in lower case, from a list or a text with commas. Raises ValueError for others."""
+    """Returns a sample's labels in lower case, from a list or a text with commas. Else raises ValueError."""
     labels = metadata.get(name) or []
     labels = labels.split(",") if isinstance(labels, str) else labels
     if not isinstance(labels, list):
@@ -726,7 +726,7 @@ class SpeciesMix:
     """Class probabilities p = (1 - m) · uniform + m · share of the data. m changes with the optimizer step.
 
     Samples of class s arrive with frequency a(s). Each is accepted with probability c · p(s) / a(s), where c is the
-    smallest a(s) / p(s). So accepted samples have exactly the distribution p. For unlabelled ones it is constant.
+    smallest a(s) / p(s). So accepted samples follow p exactly. Samples without a label are accepted at a fixed rate.
     """
 
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
@@ -792,7 +792,7 @@ class SamplePlan:
         self.arrivals[:, -1] = np.bincount(unlabelled, minlength=bucket_count)
 
     def begin_epoch(self, bucket, epoch):
-        """Returns a bucket's rows in order of arrival, their labels (-1 for none) and their draws."""
+        """Returns a bucket's rows in order of arrival, their labels (-1: none) and their acceptance draws."""
         rows = self.members[bucket]
         rows = rows[np.argsort(hash64(ORDER, self.seed, epoch, self.index.id_hashes[rows]), kind="stable")]
         ids = self.index.id_hashes[rows]
@@ -924,7 +924,7 @@ def assign_buckets(index, resolution):
 
 # Seam: crops. Contract: (top, left) of a window inside the image. ImageDataset.crop_window calls the one of --crop.
 def random_ar_crop(height, width, resolution, u):
-    """Returns (top, left) of a square near the middle. In images beyond 2:1 it is in the middle or at the start."""
+    """Returns (top, left) of a square near the middle. In an image longer than 2:1: in the middle or at the start."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -943,7 +943,7 @@ def center_crop(height, width, bucket):
 
 
 def scale_aesthetic(value, scale):
-    """Returns the aesthetic score, from 1 to 10, for the value of its field, or the default for None."""
+    """Returns the aesthetic score, 1 to 10, for a field's value. None gives the default score."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
@@ -1011,7 +1011,7 @@ class ImageDataset:
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):
-        """Returns the crop of a row and, with random_flip, the mirrored one; or why it is damaged."""
+        """Returns the crop of a row, and the mirrored one if random_flip is on; or, if damaged, the reason."""
         bucket = self.bucket_size(rows[0])
         try:
             return [self.crop_window(self.index.row(rows[0]), bucket, 0, flip) for flip in range(1 + self.random_flip)]
@@ -1034,7 +1034,7 @@ class ImageDataset:
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
     def first_intact(self, i, label, load, same_bucket=False):
-        """Loads row i, or another row if it is damaged. Returns the row, its data and the list of damage."""
+        """Loads row i, or another row if row i is damaged. Returns that row, its data, the damage found."""
         tried, damage = [i], []
         while len(tried) <= MAX_DAMAGED_IN_A_ROW:
             row = self.index.row(tried[-1])
@@ -1172,7 +1172,7 @@ class EncodingCache:
         return self.files[place]
 
     def write(self, path, samples):
-        """Writes a cache file. `samples` maps an image id to one dict per flip, or to what is damaged."""
+        """Writes a cache file. `samples` maps an image id to one dict per flip, or to a reason for damage."""
         import torch
 
         tensors, notes = {}, {}
@@ -1279,7 +1279,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
 
 
 def draw_species(species, most=60):
-    """Returns a matplotlib Figure of class probabilities. Of many classes it shows the commonest and rarest."""
+    """Returns a matplotlib Figure of the class probabilities, or of the commonest and rarest if there are many."""
     from matplotlib.figure import Figure
 
     names = sorted(species, key=lambda name: -species[name]["data"])

@@ -85,7 +85,7 @@ class Preempted(Exception):
 
 @dataclass
 class StopRequest:
-    """The stop signal that this process received; true once there is one.
+    """The stop signal that this process has received, if any. The object is truthy once there is one.
 
     SignalListener (section 11) sets it, send_report (section 9) tells all ranks, and then train() saves and ends.
     """
@@ -570,7 +570,7 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
-    """Loads the UNet to train, without its weights if `weights` is false. Raises InputError if it does not fit."""
+    """Loads the UNet to train, or only its structure. Raises InputError if it does not fit the text encoders."""
     flag = "--pretrained_model_name_or_path"
     subfolder = "unet"
     if args.stage == "refiner":
@@ -613,7 +613,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
 
 
 def load_text_encoders(args, weight_dtype):
-    """Returns the tokenizers and the text encoders of --stage. --text_encoder_2_lora is already merged."""
+    """Loads the tokenizers and text encoders of --stage. Merges --text_encoder_2_lora into text_encoder_2."""
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
@@ -633,8 +633,8 @@ def load_text_encoders(args, weight_dtype):
 def load_models(args, weight_dtype, device, unet_weights=True):
     """Loads all models that --stage needs: the VAE in --vae_precision, the others in `weight_dtype`.
 
-    The UNet stays on the CPU. If `unet_weights` is false, it has no weights and is on the meta device. Raises
-    InputError naming the flag if a part does not load.
+    The UNet stays on the CPU; if `unet_weights` is false, it is on the meta device, without weights. Raises InputError
+    naming the flag if a part does not load.
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
@@ -706,7 +706,7 @@ class FusedLora(lora.Linear):
 
 
 class CastLinear(torch.nn.Linear):
-    """A linear layer with fp32 weights that are cast to the dtype of its input. Its state-dict keys stay the same."""
+    """A linear layer whose fp32 weights are cast to the dtype of its input when it computes."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -823,7 +823,7 @@ def quantize_linears(model, precision, compute_dtype):
 
 
 class SdpaAttention(AttnProcessor2_0):
-    """diffusers' attention with one fixed PyTorch kernel, also when checkpointing runs it a second time."""
+    """diffusers' attention, fixed to one PyTorch kernel, which recomputation under checkpointing uses too."""
 
     def __init__(self, backend):
         super().__init__()
@@ -835,7 +835,7 @@ class SdpaAttention(AttnProcessor2_0):
 
 
 def set_attention(unet, name):
-    """Switches the UNet to an attention kernel and tries it. Raises InputError if it does not work here."""
+    """Switches the UNet to an attention kernel and tries it. Raises InputError if the kernel does not work here."""
     if name == "sdpa":
         return
     try:
@@ -911,7 +911,7 @@ def set_speed(args, models, trained, device):
 
 
 def index_shards(accelerator, args, flag, fields):
-    """Indexes the shards that `flag` names; the ranks share the work. Returns the table, the damage and the stamps."""
+    """Indexes the shards that `flag` names; ranks share the work. Returns (table, list of damage, {shard: stamp})."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -1146,7 +1146,7 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields, for each group of rows, {image id: moments and sizes of each flip, or why it is damaged}."""
+    """Yields, for each group of rows, {image id: moments and sizes of each flip, or why the image is damaged}."""
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1229,7 +1229,7 @@ def cache_encodings(accelerator, args, models, image_datasets):
 # latents; all from the samples' own seeds, so that the draw is the same on any number of processes. Add a new draw at
 # the end of the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
-    """Draws vae_noise and noise (B, *latent_shape), timesteps and caption_draws (B,), each sample by its own seed."""
+    """Draws vae_noise and noise (B, *latent_shape), timesteps and caption_draws (B,) from each sample's own seed."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -1509,8 +1509,8 @@ def save_lora(trained, folder, stage):
 def checkpoint_files(run):
     """Copies all state that a resume needs. Returns {file name: function that writes the file to a path}.
 
-    Training continues while the files are written. Their names and formats are those of Accelerate's save_state, which
-    would stop training. No rank has a state of its own: weights are equal, and draws depend on the step.
+    Training continues while they are written, unlike with Accelerate's save_state, which uses the same names and
+    formats. No rank has a state of its own: weights are equal, and draws depend on the step.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -1538,7 +1538,7 @@ def sync(path):
 
 
 def make_checksums(folder, names):
-    """Returns the text of checksums.json. It is written last, so a checkpoint that has it is complete."""
+    """Returns the text of checksums.json. That file is written last, so a checkpoint that has it is complete."""
 
     def checksum(name):
         with open(folder / name, "rb") as file:
@@ -1595,7 +1595,7 @@ def write_checkpoint(output_dir, step, files, keep=None):
 
 
 def report_unsaved(run):
-    """Saves the LoRA elsewhere, because the last checkpoint failed. Raises TrainingError, which says where."""
+    """Saves the LoRA outside output_dir when the disk is full, then raises a TrainingError that names the place."""
     args = run.args
     step = run.progress.step
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
@@ -1607,7 +1607,7 @@ def report_unsaved(run):
 
 
 def save_checkpoint(run, last):
-    """Starts to write a checkpoint. Waits for it if it is the `last`, and raises TrainingError if it fails."""
+    """Starts to write a checkpoint. If it is the `last`, waits for it and raises TrainingError if it fails."""
     args = run.args
     fault = None
     stop.patient = True
@@ -1830,7 +1830,7 @@ def evaluating(models):
 def validation_requests(index, batch_size, rank, world, max_batches):
     """Returns this rank's validation batches as (requests, size). Requests after the first `size` are padding.
 
-    A request is (row, label, step, position). The position, which seeds the noise, is a hash of the image id.
+    A request is (row, label, step, position). Here, position is a hash of the image id, and seeds the noise.
     """
     rows = np.argsort(index.id_hashes, kind="stable")
     batches = []
@@ -1872,7 +1872,7 @@ def compute_validation_loss(run):
 
 @contextmanager
 def stock_forward(*modules):
-    """Context manager that removes Accelerate's wrapper of `forward`, whose output diffusers' pipelines refuse."""
+    """Context manager that removes Accelerate's wrapper of `forward`, which diffusers' pipelines cannot use."""
     wrapped = [(m, m.__dict__.pop("forward")) for m in modules if "forward" in m.__dict__]
     try:
         yield
