@@ -123,7 +123,7 @@ MUTANTS = [
         "(math.sqrt(config.r) if config.use_rslora else 1.0)", "1.0"),
     Mutant("one checkpoint too many", TRAINER, "checkpoints",
         "[: -keep if keep else 0]", "[: -keep - 1 if keep else 0]"),
-    Mutant("noise offset may differ on resume", TRAINER, "checkpoints train_step arguments",
+    Mutant("noise offset may differ on resume", TRAINER, "resume",
         "base_precision noise_offset optimizer", "base_precision optimizer"),
     Mutant("another global batch is accepted", TRAINER, "resume",
         'args.gradient_accumulation_steps * accelerator.num_processes\n    signature["dataset"]',
