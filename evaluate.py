@@ -259,7 +259,7 @@ def parse_args(argv=None):
         "prompts": lambda: read_prompts(args.prompts),
         "lora": lambda: list(map(find_lora, args.lora)),
         "checkpoints": lambda: list_models(args),
-        "refiner_lora": lambda: args.refiner_lora and find_lora(args.refiner_lora),
+        "refiner_lora": lambda: find_lora(args.refiner_lora) if args.refiner_lora else None,
         "train_shards": lambda: sdxl_data.expand_shards(args.train_shards or []),
         "val_shards": lambda: sdxl_data.expand_shards(args.val_shards or []),
     }

@@ -452,7 +452,7 @@ def check_data_paths(parser, args):
     readers = {
         "train_shards": lambda: expand_shards(args.train_shards or []),
         "val_shards": lambda: expand_shards(args.val_shards or []),
-        "species_csv": lambda: args.species_csv and data.read_species_csv(args.species_csv),
+        "species_csv": lambda: data.read_species_csv(args.species_csv) if args.species_csv else None,
         "validation_prompts": lambda: read_prompts(args),
     }
     for name, read in readers.items():
@@ -989,7 +989,7 @@ def log_data(index, mix, csv_counts, resolution):
 
 def make_data(accelerator, args, seed):
     """Returns the dataset, its SpeciesMix, and the validation dataset or None. Logs what was found."""
-    flag = "--train_shards" if args.train_shards else "--train_data_dir" if args.train_data_dir else "--dataset_name"
+    flag = next(f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name))
     index = load_index(accelerator, args, flag, seed)
     csv_counts = data.read_species_csv(args.species_csv) if args.species_csv else None
     start, end, steps = args.species_mix
@@ -1738,7 +1738,8 @@ def lock_output_dir(output_dir):
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     for leftover in output_dir.glob(".*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover, ignore_errors=True)  # of a checkpoint
+        leftover.unlink(missing_ok=True)  # of a single file
 
 
 def save_run(args, progress, index):
@@ -1802,9 +1803,9 @@ def push_to_hub(args):
 
     api = HfApi(token=args.hub_token)
     repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
-    patterns = {"allow_patterns": ["*.safetensors", "README.md", "config.yaml", "samples/*"]}
-    patterns["ignore_patterns"] = ["checkpoint-*/*", ".checkpoint-*/*"]
-    api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, **patterns)
+    api.upload_folder(repo_id=repo_id, folder_path=args.output_dir,
+        allow_patterns=["*.safetensors", "README.md", "config.yaml", "samples/*"],
+        ignore_patterns=["checkpoint-*/*", ".checkpoint-*/*"])  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -2738,9 +2739,8 @@ def begin(run, checkpoint):
     if accelerator.is_main_process:
         restore_output_dir(run, checkpoint)
     flags = {k: str(v) for k, v in vars(args).items() if k not in ("config", "hub_token")}
-    options = {"tensorboard": {"purge_step": run.progress.step + 1}}
-    options["wandb"] = {"id": run.progress.run_id, "resume": "allow", "dir": args.output_dir}  # the same run on resume
-    options["wandb"]["name"] = Path(args.output_dir).name
+    wandb = {"id": run.progress.run_id, "resume": "allow", "dir": args.output_dir, "name": Path(args.output_dir).name}
+    options = {"tensorboard": {"purge_step": run.progress.step + 1}, "wandb": wandb}  # the same runs on resume
     accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
 
 

@@ -112,7 +112,8 @@ def profile(argv, steps, warmup):
             start = time.perf_counter()
             result = function(*args, **kwargs)
             wait()
-            spent[name] += (time.perf_counter() - start) * (len(calls) > warmup)
+            if len(calls) > warmup:
+                spent[name] += time.perf_counter() - start
             return result
 
         return call

@@ -395,7 +395,9 @@ CLIP_CONFIG = {
 def shortened(rng, caption):
     """The species and a random part of the rest of a caption: the CLIP must understand short prompts too."""
     species, *scene, quality = caption.split(", ")
-    phrases = [phrase for phrase in scene if rng.random() < 0.5] + [quality] * (rng.random() < 0.8)
+    phrases = [phrase for phrase in scene if rng.random() < 0.5]
+    if rng.random() < 0.8:
+        phrases.append(quality)
     return ", ".join([species, *phrases])
 
 

@@ -179,4 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=HERE / "output", metavar="DIR")
     parser.add_argument("--work", type=json.loads, metavar="PLAN", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    work(args.work) if args.work else main(args.output_dir)
+    if args.work:
+        work(args.work)
+    else:
+        main(args.output_dir)
