@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Searches the hyperparameters of train_sdxl_lora.py with Optuna: each trial is a short run, scored by evaluate.py.
 
-    python hpo_sweep.py --output_dir sweeps/a --n_trials 40 --trial_steps 1000 --prompts panel.jsonl -- \\
+    python hpo_sweep.py --output_dir sweeps/a --n_trials 40 --trial_steps 1000 --prompts prompts.jsonl -- \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --train_shards data/train \\
         --val_shards data/val --resolution 1024 --train_batch_size 4 --mixed_precision bf16 --train_text_encoder
 
@@ -503,7 +503,7 @@ def open_study(sweep):
     except Exception as error:  # the database does not answer, or its URL is wrong
         raise InputError(f"--storage: {sweep.args.storage}: {' '.join(str(error).split())[:300]}") from error
     signature = json.loads(json.dumps(sweep.signature()))
-    stored = study.user_attrs.get("law", signature)
+    stored = study.user_attrs.get("law", signature)  # studies have always stored it under this name
     for name, value in signature.items():
         if value != stored[name]:
             flag = "flags after --" if name == "trainer" else f"--{name}"
