@@ -1256,7 +1256,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
 
     rows = -(-len(requests) // columns)
     figure = Figure(figsize=(2.8 * columns, 3.3 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+    for axes in figure.subplots(rows, columns, squeeze=False, subplot_kw={"anchor": "NW"}).flat:
         axes.set_axis_off()
     for axes, request in zip(figure.axes, requests):
         i, label, step, _ = request
