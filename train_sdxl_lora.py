@@ -76,18 +76,18 @@ logger = logging.getLogger("train_sdxl_lora")
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue. The message says why, what is safe and what to do."""
+    """Raised when a run cannot continue. The message says why, what has been saved, and what to do next."""
 
 
 class Preempted(Exception):
-    """Raised by all ranks together when one of them received a stop signal before there was a step to save."""
+    """Raised on all ranks together, during setup or validation, after any rank has received a stop signal."""
 
 
 @dataclass
 class StopRequest:
-    """The stop signal that this process has received, if any. The object is truthy once there is one.
+    """Holds the stop signal that this process has received. bool(stop) is False until a signal arrives.
 
-    SignalListener (section 11) sets it, send_report (section 9) tells all ranks, and then train() saves and ends.
+    SignalListener (section 11) records it, send_report (section 9) tells all ranks, and then train() saves and ends.
     """
 
     number: int | None = None  # of the signal
@@ -112,7 +112,7 @@ stop = StopRequest()
 
 
 def raise_if_stopping(accelerator):
-    """Raises Preempted on all ranks if any of them has received a stop signal. Waits for all ranks."""
+    """Raises Preempted on all ranks if any rank has received a stop signal. All ranks must call this function."""
     stop.note_progress()
     requested = torch.tensor([float(bool(stop))], device=accelerator.device)
     requested = accelerator.reduce(requested, "sum").item() > 0
@@ -307,7 +307,7 @@ def make_parser():
 
 
 def read_prompts(args):
-    """Returns the prompts for sample images. Raises ValueError or OSError for a bad --validation_prompts file."""
+    """Returns the prompts for sample images. Raises OSError if their file is unreadable, ValueError if invalid."""
     prompts = [args.validation_prompt] if args.validation_prompt else []
     if not args.validation_prompts:
         return prompts
@@ -327,18 +327,18 @@ def read_prompts(args):
 
 
 def checkpoint_path(args):
-    """Returns the folder that --resume_from_checkpoint means: a path, or the name of a folder in --output_dir."""
+    """Returns the --resume_from_checkpoint folder if it exists, or else the folder of that name in --output_dir."""
     path = Path(args.resume_from_checkpoint)
     return path if path.is_dir() else Path(args.output_dir) / path.name
 
 
 def default_workers(local_world):
-    """Returns how many processes decode images for each device: its share of the cores minus one, at most 8."""
+    """Returns the default number of decoding processes per device: CPU cores per device minus one, but 0 to 8."""
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
 def set_defaults(args):
-    """Fills in the defaults that depend on other flags."""
+    """Fills in the defaults that depend on other flags or on the number of CPU cores."""
     refiner = args.stage == "refiner"
     defaults = {
         "crop": "center" if args.center_crop or refiner else "random_ar",
@@ -357,7 +357,7 @@ def set_defaults(args):
 
 
 def check_ranges(parser, args):
-    """Exits with a one-line error for a number out of range."""
+    """Exits with a one-line error if the number given for a flag is out of range."""
     positive = (
         "rank lora_alpha text_encoder_rank text_encoder_alpha resolution train_batch_size gradient_accumulation_steps "
         "num_train_epochs max_train_steps max_train_samples checkpointing_steps checkpoints_total_limit logging_steps "
@@ -426,7 +426,7 @@ def check_data_flags(parser, args):
 
 
 def check_model_paths(parser, args):
-    """Exits with a one-line error if a model or a LoRA is not where its flag says."""
+    """Exits with a one-line error if a flag names a model folder or LoRA file that is missing or incomplete."""
     name = args.pretrained_model_name_or_path
     snapshot = Path(name).expanduser()
     if data.looks_like_path(name) and not snapshot.is_dir():
@@ -446,7 +446,7 @@ def check_model_paths(parser, args):
 
 
 def check_data_paths(parser, args):
-    """Exits with a one-line error if data or prompts are not where their flag says, or cannot be read."""
+    """Exits with a one-line error if a flag names data or prompts that are missing, unreadable or malformed."""
     if args.train_data_dir and not Path(args.train_data_dir).is_dir():
         parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
     readers = {
@@ -475,7 +475,7 @@ def check_output_paths(parser, args):
 
 
 def parse_args(argv=None):
-    """Reads and checks the flags and fills in all defaults. The result is never changed afterwards."""
+    """Returns the flags with all defaults filled in. Exits if a flag is wrong. No later code changes the flags."""
     parser = make_parser()
     args = parser.parse_args(argv)
     set_defaults(args)
@@ -533,7 +533,7 @@ SDPA_BACKENDS = {
 
 @dataclass
 class Models:
-    """The models of one stage. Only their LoRA adapters are trained; all other weights are frozen."""
+    """Holds the models for --stage base or refiner. Only LoRA adapters are trained; all other weights are frozen."""
 
     tokenizers: list
     text_encoders: list  # [text_encoder, text_encoder_2], for the refiner [text_encoder_2], as are the tokenizers
@@ -559,7 +559,7 @@ def short_reason(error, length=300):
 
 
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
-    """Loads one part of the model that `flag` names, for example its VAE. Raises InputError if that fails."""
+    """Loads one part, such as the VAE, of the model that `flag` names. Raises InputError if loading fails."""
     path = getattr(args, flag.removeprefix("--"))
     if flag != "--refiner_unet":
         options["revision"] = args.revision
@@ -570,7 +570,7 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
-    """Loads the UNet to train, or only its structure. Raises InputError if it does not fit the text encoders."""
+    """Loads the UNet, without weights if `weights` is false. Raises InputError if the text encoders do not fit it."""
     flag = "--pretrained_model_name_or_path"
     subfolder = "unet"
     if args.stage == "refiner":
@@ -594,7 +594,7 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 
 
 def merge_text_encoder_2_lora(text_encoder_2, path):
-    """Merges a LoRA file's part for text_encoder_2. Raises InputError if the file has no such part."""
+    """Merges a LoRA file's text_encoder_2 weights into that encoder. Raises InputError if they cannot be loaded."""
     loader = diffusers.StableDiffusionXLPipeline
     try:
         state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
@@ -613,7 +613,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
 
 
 def load_text_encoders(args, weight_dtype):
-    """Loads the tokenizers and text encoders of --stage. Merges --text_encoder_2_lora into text_encoder_2."""
+    """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given."""
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
@@ -631,10 +631,10 @@ def load_text_encoders(args, weight_dtype):
 
 
 def load_models(args, weight_dtype, device, unet_weights=True):
-    """Loads all models that --stage needs: the VAE in --vae_precision, the others in `weight_dtype`.
+    """Loads all models that --stage needs. The VAE gets --vae_precision; UNet and encoders get `weight_dtype`.
 
-    The UNet stays on the CPU; if `unet_weights` is false, it is on the meta device, without weights. Raises InputError
-    naming the flag if a part does not load.
+    VAE and text encoders go to `device`, the UNet stays on the CPU. If `unet_weights` is false, the UNet is on the
+    meta device, without weights. Raises InputError, which names the flag, if a part does not load.
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
@@ -668,7 +668,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
 
 
 def load_base_pipeline(args, models, weight_dtype):
-    """Loads the base model's pipeline, which begins the sample images that the refiner finishes."""
+    """Loads the base model's pipeline. It runs a sample image's first denoising steps; the refiner runs the rest."""
     options = {"dtype": weight_dtype, "variant": args.variant, "vae": None, "add_watermarker": False}
     pipeline = load_part(args, diffusers.StableDiffusionXLPipeline.from_pretrained, None, **options)
     pipeline.register_modules(scheduler=models.sampling_scheduler)
@@ -682,15 +682,15 @@ def load_base_pipeline(args, models, weight_dtype):
 
 
 def fingerprint_parts(*parts):
-    """Hashes the first 8 numbers of every tensor of the models, to tell one base model from another."""
+    """Returns a hash of the models, to tell base models apart. It covers the first 8 values of every tensor."""
     heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
     return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with fp32 weights that are cast to the dtype of x.
+    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685). A and B are fp32 and are cast to the dtype of x.
 
-    x is (…, in), the result (…, out). One kernel multiplies by B and adds. The state-dict keys are PEFT's.
+    x has shape (…, in), the result (…, out). One kernel computes s (x A) B and adds x W. State-dict keys are PEFT's.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -706,7 +706,7 @@ class FusedLora(lora.Linear):
 
 
 class CastLinear(torch.nn.Linear):
-    """A linear layer whose fp32 weights are cast to the dtype of its input when it computes."""
+    """Linear layer with fp32 weights. Its forward() casts them to the dtype of the input."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -715,10 +715,10 @@ class CastLinear(torch.nn.Linear):
 
 # Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
 def add_adapter(model, targets, flag, **options):
-    """Adds LoRA adapters, with fp32 weights, to all layers of `model` whose names end with one of `targets`.
+    """Adds LoRA adapters with fp32 weights to all layers of `model` whose names end with one of `targets`.
 
-    There is no autocast: frozen layers compute in their own dtype, and adapter weights are cast to it. Raises
-    InputError naming `flag` if a target matches no layer.
+    Autocast is off: frozen layers compute in their own dtype, and adapters cast their weights to the dtype of their
+    input. Raises InputError, which names `flag`, if a target matches no layer.
     """
     names = [name for name, _ in model.named_modules()]
     for target in targets:
@@ -745,7 +745,7 @@ def add_adapter(model, targets, flag, **options):
 
 
 def add_adapters(args, models, seed):
-    """Adds adapters to the UNet and, with --train_text_encoder, to both encoders. Returns {name: trained model}."""
+    """Adds adapters to the UNet and, with --train_text_encoder, both text encoders. Returns these models by name."""
     torch.manual_seed(seed)
     kind = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "use_rslora": args.use_rslora}
     unet_size = {"r": args.rank, "lora_alpha": args.lora_alpha}
@@ -769,9 +769,9 @@ def add_adapters(args, models, seed):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """Computes x W^T + b, where W (out, in) is int8 with one scale per row (out, 1). Saves W for backward, but not x.
+    """Computes x W^T + b. W (out, in) is int8, with one scale per row, (out, 1). Saves W for backward, but not x.
 
-    bitsandbytes' layer keeps x in memory even with checkpointing, and on CUDA it rounds x to int8.
+    In contrast, bitsandbytes' int8 layer keeps x in memory even with checkpointing, and on CUDA it rounds x to int8.
     """
 
     @staticmethod
@@ -800,7 +800,7 @@ class Int8Linear(torch.nn.Linear):
 
 
 def make_nf4_linear(linear, compute_dtype):
-    """Returns bitsandbytes' nf4 version of a linear layer. Raises InputError if bitsandbytes does not load."""
+    """Converts a linear layer to bitsandbytes' nf4 layer. Raises InputError if bitsandbytes cannot be imported."""
     try:
         import bitsandbytes.nn as bnb
     except ImportError as error:
@@ -814,7 +814,7 @@ def make_nf4_linear(linear, compute_dtype):
 
 
 def quantize_linears(model, precision, compute_dtype):
-    """Replaces all linear layers of `model` by layers with "nf4" (arXiv:2305.14314) or "int8" weights."""
+    """Replaces each linear layer of `model` with a quantized one. `precision`: "nf4" (arXiv:2305.14314) or "int8"."""
     for parent in list(model.modules()):
         for name, linear in parent.named_children():
             if type(linear) is torch.nn.Linear:
@@ -823,7 +823,7 @@ def quantize_linears(model, precision, compute_dtype):
 
 
 class SdpaAttention(AttnProcessor2_0):
-    """diffusers' attention, fixed to one PyTorch kernel, which recomputation under checkpointing uses too."""
+    """Runs diffusers' attention with one chosen PyTorch kernel, also when checkpointing recomputes activations."""
 
     def __init__(self, backend):
         super().__init__()
@@ -835,7 +835,7 @@ class SdpaAttention(AttnProcessor2_0):
 
 
 def set_attention(unet, name):
-    """Switches the UNet to an attention kernel and tries it. Raises InputError if the kernel does not work here."""
+    """Makes the UNet use attention kernel `name` and runs it once as a test. Raises InputError if the test fails."""
     if name == "sdpa":
         return
     try:
@@ -853,7 +853,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode` or, if that is "auto", the mildest mode that needs at most 80 % of the free memory."""
+    """Returns `mode`; for "auto", the mode that recomputes least and fits in 80 % of free GPU memory, else "full"."""
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -865,7 +865,7 @@ def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0
 
 
 def set_checkpointing(unet, mode, dropout):
-    """Turns on activation checkpointing. If LoRA has dropout, recomputation repeats the same dropout masks."""
+    """Turns on the UNet's activation checkpointing. If `dropout` is true, recomputation repeats the dropout masks."""
 
     def recompute(module, *inputs):
         options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
@@ -878,7 +878,7 @@ def set_checkpointing(unet, mode, dropout):
 
 
 def compile_blocks(unet):
-    """Compiles the transformer blocks once per batch shape, so that a resumed run uses the same kernels."""
+    """Compiles the UNet's transformer blocks separately for each batch shape, so resumed runs use the same kernels."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it would split blocks whose gradients exceed a DDP bucket
     try:
@@ -911,7 +911,7 @@ def set_speed(args, models, trained, device):
 
 
 def index_shards(accelerator, args, flag, fields):
-    """Indexes the shards that `flag` names; ranks share the work. Returns (table, list of damage, {shard: stamp})."""
+    """Indexes the shards of `flag`; the ranks share the work. Returns the table, damaged samples and shard stamps."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -936,14 +936,14 @@ def index_shards(accelerator, args, flag, fields):
 
 
 def check_bad_fraction(flag, bad, total, limit):
-    """Raises InputError if more than the fraction `limit` of the samples is damaged."""
+    """Raises InputError if the fraction of damaged samples, bad / total, is greater than `limit`."""
     if bad > limit * total:
         found = f"{bad} of {total} samples are damaged, more than --max_bad_fraction {limit}"
         raise InputError(f"{flag}: {found}; see skipped.jsonl, repair the data or raise the limit")
 
 
 def load_index(accelerator, args, flag, seed):
-    """Indexes the data that `flag` names. Raises InputError if no sample is usable or too many are damaged."""
+    """Returns the Index of the data in `flag`. Raises InputError if no sample is usable or too many are damaged."""
     fields = data.Fields(args.image_column, args.caption_column, args.species_key, args.aesthetic_key)
     stamps = {}
     images = None
@@ -968,7 +968,7 @@ def load_index(accelerator, args, flag, seed):
 
 
 def log_data(index, mix, csv_counts, resolution):
-    """Logs how much data was found, and warns about damage, small images and a --species_csv that does not fit."""
+    """Warns about damaged samples, small images, and a --species_csv whose classes or shares differ from the data."""
     logger.info("%d images of %d classes, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
     if index.damage:
         logger.warning("damaged: %s", dict(Counter(map(data.damage_kind, index.damage))))
@@ -988,7 +988,7 @@ def log_data(index, mix, csv_counts, resolution):
 
 
 def make_data(accelerator, args, seed):
-    """Returns the dataset, its SpeciesMix, and the validation dataset or None. Logs what was found."""
+    """Returns the training dataset, its SpeciesMix, and the validation dataset (None without --val_shards)."""
     flag = next(f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name))
     index = load_index(accelerator, args, flag, seed)
     csv_counts = data.read_species_csv(args.species_csv) if args.species_csv else None
@@ -1013,14 +1013,14 @@ def to_pixel_values(pixels):
 
 
 def to_device(tensor, device):
-    """Copies a tensor to `device`, from pinned memory, so that the CPU need not wait for the GPU."""
+    """Copies a tensor to `device`. Copies from CPU to GPU use pinned memory, so the CPU does not wait for them."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def move_batch(batch, device):
-    """Moves a batch to `device` and turns `pixels` into `pixel_values` (B, 3, H, W), float32 in [-1, 1]."""
+    """Moves a batch to `device`. Replaces `pixels` with `pixel_values` (B, 3, H, W), float32 in [-1, 1]."""
     moved = {name: to_device(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
     if "pixels" in moved:
         moved["pixel_values"] = to_pixel_values(moved.pop("pixels"))
@@ -1033,9 +1033,9 @@ def move_batch(batch, device):
 
 
 def tokenize(tokenizer, captions, chunks=1):
-    """Returns token ids (B * chunks, 77), int64: `chunks` consecutive rows for each caption.
+    """Returns int64 token ids of shape (B * chunks, 77). Each caption gets `chunks` consecutive rows.
 
-    Each row holds up to 75 tokens between the begin and end tokens, padded. Tokens after the last row are dropped.
+    A row is the begin token, up to 75 caption tokens, the end token, and padding. Tokens that do not fit are dropped.
     """
     length = tokenizer.model_max_length
     if chunks == 1:
@@ -1048,7 +1048,7 @@ def tokenize(tokenizer, captions, chunks=1):
 
 
 def count_chunks(tokenizer, captions, mode):
-    """Returns the chunks per caption, how many captions will be cut, and how many tokens the longest has."""
+    """Returns three numbers: chunks per caption, captions that will be cut, and tokens of the longest caption."""
     length = tokenizer.model_max_length - 2
     captions = [caption for caption in captions if len(caption.encode()) > length]  # a token is at least a byte
     tokens = [len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] if captions else [0]
@@ -1057,7 +1057,7 @@ def count_chunks(tokenizer, captions, mode):
 
 
 def set_caption_chunks(args, accelerator, models, index):
-    """Sets models.caption_chunks as --long_captions says, and warns if captions will be cut."""
+    """Sets models.caption_chunks according to --long_captions. Warns if captions will be cut."""
     captions = index.table.column("caption").to_pylist()
     models.caption_chunks, cut, longest = count_chunks(models.tokenizers[0], captions, args.long_captions)
     if cut and accelerator.is_main_process:
@@ -1066,10 +1066,10 @@ def set_caption_chunks(args, accelerator, models, index):
 
 
 def encode_prompts(models, captions, device):
-    """Returns prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), as SDXL's pipeline does.
+    """Returns prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), made as in SDXL's pipeline.
 
-    prompt_embeds joins the next-to-last hidden states of both encoders. pooled_prompt_embeds is text_encoder_2's
-    projection of the first chunk.
+    prompt_embeds concatenates the next-to-last hidden states of both encoders, of widths D1 and D2 (refiner: only D2).
+    pooled_prompt_embeds is text_encoder_2's projection of each caption's first chunk.
     """
     chunks = models.caption_chunks
     embeds = []
@@ -1080,7 +1080,7 @@ def encode_prompts(models, captions, device):
 
 
 def encode_captions(models, batch, device, with_empty=False):
-    """Returns a batch's prompt_embeds and pooled_prompt_embeds; if with_empty, also those of an empty caption."""
+    """Returns prompt_embeds and pooled_prompt_embeds, then both for an empty caption (None if not `with_empty`)."""
     if "prompt_embeds" in batch:
         return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
     if not with_empty:
@@ -1090,9 +1090,9 @@ def encode_captions(models, batch, device, with_empty=False):
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
-    """Where `dropped` (B,) is true, replaces a sample's embeddings with `empty`, or with zeros if that is None.
+    """Returns both embeddings. Rows where `dropped` (B,) is true are replaced with `empty`, or zeros if it is None.
 
-    All captions are encoded first: if one rank skipped an encoder, DDP would wait for that rank forever.
+    Dropped captions are encoded too: if a rank skipped its text encoders, DDP on the other ranks would wait forever.
     """
     if empty is None:
         empty = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
@@ -1103,7 +1103,7 @@ def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
 
 
 def encode_moments(vae, pixel_values):
-    """Returns the mean and the standard deviation of the VAE's posterior, together (B, 2, 4, H / 8, W / 8)."""
+    """Returns mean and standard deviation of the VAE's posterior, stacked in one tensor (B, 2, 4, H / 8, W / 8)."""
     at_once = max(1, VAE_PIXELS // (pixel_values.shape[-2] * pixel_values.shape[-1]))
     with torch.no_grad():
         posteriors = [vae.encode(part.to(vae.dtype)).latent_dist for part in pixel_values.split(at_once)]
@@ -1111,7 +1111,7 @@ def encode_moments(vae, pixel_values):
 
 
 def sample_latents(vae, moments, vae_noise):
-    """Samples latents, (B, 4, h, w) float32, from the posterior with the given noise, and scales them."""
+    """Returns latents (B, 4, h, w), float32: mean + std * vae_noise, multiplied by the VAE's scaling factor."""
     mean, std = moments.float().unbind(dim=1)
     return (mean + std * vae_noise) * vae.config.scaling_factor
 
@@ -1120,9 +1120,9 @@ def sample_latents(vae, moments, vae_noise):
 
 
 def fill_cache(accelerator, cache, encode, title):
-    """Writes the missing files of a cache. The ranks share the work; afterwards each writes what its own disk lacks.
+    """Writes the missing files of a cache. The ranks share them. Then each rank writes what its own disk still lacks.
 
-    For each group of rows, encode() yields what EncodingCache.write takes. Raises Preempted or InputError.
+    encode() yields one file's samples at a time. Raises InputError for a damaged file, Preempted after a stop signal.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
@@ -1146,7 +1146,7 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields, for each group of rows, {image id: moments and sizes of each flip, or why the image is damaged}."""
+    """Yields one dict per group of rows. It maps each image id to encodings, one per flip, or to an error message."""
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1162,7 +1162,7 @@ def encode_images(models, dataset, device, workers, groups):
 
 
 def cache_latents(accelerator, models, dataset, folder, workers):
-    """Encodes all images, and their mirror images if --random_flip is on. Returns the EncodingCache."""
+    """Encodes all images and, with --random_flip, their mirror images. Returns the EncodingCache that holds them."""
     index = dataset.index
     settings = [1, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
     settings += [dataset.interpolation.name, dataset.random_flip, index.images and index.images._fingerprint]
@@ -1176,7 +1176,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields, for each group of rows, {image id: prompt_embeds and pooled_prompt_embeds}."""
+    """Yields one dict per group of rows. It maps each image id to its prompt_embeds and pooled_prompt_embeds."""
     for group in groups:
         texts = [captions[i] for i in group]
         with torch.no_grad():
@@ -1186,7 +1186,7 @@ def encode_texts(models, ids, captions, device, groups):
 
 
 def cache_text_embeddings(accelerator, models, dataset, folder):
-    """Encodes all captions. Returns the EncodingCache."""
+    """Encodes all captions. Returns the EncodingCache that holds their embeddings."""
     ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
     settings += [models.stage, models.caption_chunks]
@@ -1197,7 +1197,7 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
 
 
 def cache_encodings(accelerator, args, models, image_datasets):
-    """Fills the caches that the flags ask for and moves encoders to the CPU. Returns datasets that read the caches."""
+    """Fills the requested caches and moves their encoders to the CPU. Returns datasets that read from the caches."""
     folder = Path(args.cache_dir or args.output_dir) / "encodings"
     folder.mkdir(parents=True, exist_ok=True)
     encoded = []
@@ -1229,7 +1229,7 @@ def cache_encodings(accelerator, args, models, image_datasets):
 # latents; all from the samples' own seeds, so that the draw is the same on any number of processes. Add a new draw at
 # the end of the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
-    """Draws vae_noise and noise (B, *latent_shape), timesteps and caption_draws (B,) from each sample's own seed."""
+    """Draws from the seeds: vae_noise and noise, each (B, *latent_shape); timesteps and caption_draws, each (B,)."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -1243,7 +1243,7 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """Calls sample_noise with the shape of this batch's latents. The draws are on the batch's device."""
+    """Calls sample_noise for a batch, with the shape of its latents. Returns the draws on the batch's device."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
@@ -1256,7 +1256,7 @@ def sample_batch_noise(models, batch, noise_offset):
 
 # Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios. Min-SNR: arXiv:2303.09556, sec. 3.4.
 def compute_snr_weights(snr, gamma, prediction_type):
-    """Returns (B,) weights: min(snr, gamma) / snr, or for v-prediction min(snr, gamma) / (snr + 1)."""
+    """Returns (B,) weights: min(snr, gamma) / snr; for v-prediction, min(snr, gamma) / (snr + 1); 1 if gamma is 0."""
     if not gamma:
         return torch.ones_like(snr)
     return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
@@ -1267,7 +1267,7 @@ def compute_snr_weights(snr, gamma, prediction_type):
 def diffusion_loss(
     models, batch, draws, weight_dtype, snr_gamma=0.0, caption_dropout_rate=0.0, dropped_caption="zeros"
 ):
-    """Returns the weighted denoising loss of each sample, (B,). `draws` comes from sample_noise."""
+    """Returns each sample's denoising loss times its min-SNR weight, shape (B,). `draws` comes from sample_noise."""
     scheduler = models.noise_scheduler
     noise = draws["noise"]
     timesteps = draws["timesteps"]
@@ -1309,7 +1309,7 @@ def diffusion_loss(
 
 
 def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
-    """Returns one optimizer group for each trained model, with its own learning rate."""
+    """Returns one parameter group for the optimizer per trained model. Each group has its own learning rate."""
     groups = []
     for name, model in trained.items():
         peak = learning_rate * (1.0 if name == "unet" else text_encoder_lr_scale)
@@ -1320,7 +1320,7 @@ def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
 
 # Seam: the optimizer. Contract: a torch optimizer over the parameter groups, whose "lr" the schedule multiplies.
 def make_optimizer(args, groups, learning_rate):
-    """Returns the optimizer that --optimizer names. Raises InputError if its package does not load."""
+    """Returns the optimizer that --optimizer names. Raises InputError if the optimizer's package does not load."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     try:
         if args.optimizer == "adamw8bit":
@@ -1340,7 +1340,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """Returns diffusers' learning-rate schedule as a function of the step, the same for any number of GPUs."""
+    """Returns a function from step to a factor on the peak learning rate. It does not depend on the number of GPUs."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1366,7 +1366,7 @@ MATHEMATICS = """
 
 @dataclass
 class Progress:
-    """Everything that a resume needs besides adapters and optimizer. It is saved as progress.json."""
+    """Holds what a resumed run needs besides adapters, optimizer and gradient scaler. It is saved as progress.json."""
 
     step: int = 0
     seed: int = 0
@@ -1390,7 +1390,7 @@ COMPARED_BY_CONTENT = ("global_batch", "dataset", "species_distribution", "base_
 
 
 def make_resume_signature(args, accelerator, index, mix):
-    """Returns what must be the same on resume: flags that change what is learned, the data, the global batch."""
+    """Returns what must not change on resume: the MATHEMATICS flags, mixed precision, global batch and data."""
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
     signature = {name: getattr(args, name) for name in MATHEMATICS}
     signature["mixed_precision"] = accelerator.mixed_precision
@@ -1414,7 +1414,7 @@ def list_differences(saved, current):
 
 
 def check_resume(saved, current, allow_batch_change=False):
-    """Compares a checkpoint's resume signature with the current one. Raises InputError listing what differs."""
+    """Raises InputError if the saved and current signatures differ. `allow_batch_change` exempts the global batch."""
     compared = {name: value for name, value in current.items() if not (allow_batch_change and name == "global_batch")}
     different = list_differences(saved, compared)
     if different:
@@ -1425,7 +1425,7 @@ def check_resume(saved, current, allow_batch_change=False):
 
 
 def adapter_state_dict(trained):
-    """Returns the adapters' fp32 tensors under diffusers' keys. Keys of text encoders contain `text_model.`."""
+    """Returns fp32 copies of the adapter tensors with diffusers' keys. Keys of text encoders contain `text_model.`."""
     state = {}
     for name, model in trained.items():
         for key, tensor in get_peft_model_state_dict(model).items():
@@ -1438,7 +1438,7 @@ def adapter_state_dict(trained):
 
 
 def load_adapter_state_dict(trained, state):
-    """Loads tensors made by adapter_state_dict. Raises ValueError if one is missing or left over."""
+    """Loads tensors from adapter_state_dict into the models. Raises ValueError if a key is missing or unknown."""
     for name, model in trained.items():
         own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
         own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
@@ -1451,7 +1451,7 @@ def load_adapter_state_dict(trained, state):
 
 
 def adapter_metadata(trained):
-    """Returns rank, alpha and kind of the adapters, as diffusers expects them in a LoRA file's header."""
+    """Returns the adapters' settings, such as rank and alpha, as diffusers expects them in a LoRA file's header."""
     fields = "r lora_alpha lora_dropout target_modules use_dora use_rslora layers_to_transform".split()
     metadata = {}
     for name, model in trained.items():
@@ -1463,9 +1463,9 @@ def adapter_metadata(trained):
 
 
 def kohya_state_dict(trained, adapters):
-    """Returns the tensors of adapter_state_dict under kohya's keys, for ComfyUI and A1111, with an alpha per layer.
+    """Returns `adapters` (from adapter_state_dict) with kohya's keys, for ComfyUI and A1111, and each layer's alpha.
 
-    kohya scales by alpha / rank, but rsLoRA by alpha / sqrt(rank). So for rsLoRA, alpha * sqrt(rank) is written.
+    kohya's scale is alpha / rank. rsLoRA's is alpha / sqrt(rank), so alpha * sqrt(rank) is stored for rsLoRA.
     """
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     renamed["lora_magnitude_vector"] = "dora_scale"
@@ -1482,7 +1482,7 @@ def kohya_state_dict(trained, adapters):
 
 
 def lora_files(trained, stage):
-    """Copies the adapters. Returns {file name: function that writes the file to a path} for both LoRA files."""
+    """Copies the adapters. For both LoRA files, returns a dict from file name to a function that writes the file."""
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
@@ -1500,17 +1500,17 @@ def lora_files(trained, stage):
 
 
 def save_lora(trained, folder, stage):
-    """Writes both LoRA files into `folder`, which need not exist. Raises OSError if the disk is full."""
+    """Writes both LoRA files into `folder`, and creates it if necessary. Raises OSError if the disk is full."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, write in lora_files(trained, stage).items():
         write(Path(folder) / name)
 
 
 def checkpoint_files(run):
-    """Copies all state that a resume needs. Returns {file name: function that writes the file to a path}.
+    """Copies all state that a resume needs. Returns a dict from file name to a function that writes the file.
 
-    Training continues while they are written, unlike with Accelerate's save_state, which uses the same names and
-    formats. No rank has a state of its own: weights are equal, and draws depend on the step.
+    Training continues while they write. Accelerate's save_state would block it; optimizer.bin and scaler.pt match its
+    format. Ranks have no state of their own: their weights are equal, and random draws depend only on seed and step.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -1538,7 +1538,7 @@ def sync(path):
 
 
 def make_checksums(folder, names):
-    """Returns the text of checksums.json. That file is written last, so a checkpoint that has it is complete."""
+    """Returns the text of checksums.json (a SHA-256 per file). It is written last and marks a complete checkpoint."""
 
     def checksum(name):
         with open(folder / name, "rb") as file:
@@ -1565,7 +1565,7 @@ def complete_checkpoint(unfinished, final, files):
 
 
 def try_write(write):
-    """Calls write(). Returns None if that worked, or the reason why it did not, such as a full disk."""
+    """Calls write(). Returns None on success, or the error message if it could not write, e.g. on a full disk."""
     try:
         write()
     except OSError as error:
@@ -1578,7 +1578,7 @@ def try_write(write):
 
 
 def write_checkpoint(output_dir, step, files, keep=None):
-    """Writes checkpoint-N atomically and deletes all but the newest `keep`. Returns None, or why it failed."""
+    """Writes a checkpoint atomically and deletes all but the newest `keep`. Returns None, or the error message."""
     final = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f".checkpoint-{step}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -1595,7 +1595,7 @@ def write_checkpoint(output_dir, step, files, keep=None):
 
 
 def report_unsaved(run):
-    """Saves the LoRA outside output_dir when the disk is full, then raises a TrainingError that names the place."""
+    """Saves the LoRA to a temporary folder when output_dir's disk is full. Raises TrainingError naming that folder."""
     args = run.args
     step = run.progress.step
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
@@ -1607,7 +1607,7 @@ def report_unsaved(run):
 
 
 def save_checkpoint(run, last):
-    """Starts to write a checkpoint. If it is the `last`, waits for it and raises TrainingError if it fails."""
+    """Starts writing a checkpoint in the background. If `last`, waits, and raises TrainingError if writing failed."""
     args = run.args
     fault = None
     stop.patient = True
@@ -1630,7 +1630,7 @@ def save_checkpoint(run, last):
 
 
 def append_jsonl(path, rows):
-    """Appends all rows to a JSONL file, or none of them. Raises OSError, for example if the disk is full."""
+    """Appends rows to a JSONL file. If that fails, removes what it wrote and raises OSError, e.g. on a full disk."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -1642,7 +1642,7 @@ def append_jsonl(path, rows):
 
 
 def note_skipped(args, index, progress, entries, write=True):
-    """Adds damaged samples to the counts and to skipped.jsonl. Raises InputError if there are too many."""
+    """Counts damaged samples and lists them in skipped.jsonl. Raises InputError if --max_bad_fraction is exceeded."""
     for entry in entries:
         reason = data.damage_kind(entry)
         progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
@@ -1660,7 +1660,7 @@ def note_skipped(args, index, progress, entries, write=True):
 
 
 def verify_checkpoint(folder):
-    """Returns None if every byte of the checkpoint is as it was written, or else what is wrong."""
+    """Returns None if all files of the checkpoint match their checksums, or else a message that says what is wrong."""
     try:
         text = (folder / "checksums.json").read_text()
         sums = json.loads(text)
@@ -1674,9 +1674,9 @@ def verify_checkpoint(folder):
 
 
 def find_checkpoint(args):
-    """Returns the folder to resume from and its Progress, or (None, None). Damaged checkpoints are skipped.
+    """Returns the folder to resume from and its Progress, or (None, None) for a new run. Skips damaged checkpoints.
 
-    Raises InputError if all are damaged, or if another version of the trainer wrote the checkpoint.
+    Raises InputError if all checkpoints are damaged, or if another version of the trainer wrote the one to resume.
     """
     if not args.resume_from_checkpoint:
         return None, None
@@ -1703,7 +1703,7 @@ def find_checkpoint(args):
 
 
 def trim_rows(path, progress):
-    """Deletes the rows of a JSONL file that a resumed run will write again, and a row that was cut short."""
+    """Removes from a JSONL file the rows that the resumed run will write again, and incomplete rows."""
     if not path.exists():
         return
     kept = []
@@ -1719,7 +1719,7 @@ def trim_rows(path, progress):
 
 
 def lock_output_dir(output_dir):
-    """Locks the folder and deletes what a killed run left half-written. Raises InputError if it is in use."""
+    """Locks output_dir and deletes a killed run's partial files. Raises InputError if another run uses the folder."""
     descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing unlocks
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
@@ -1743,7 +1743,7 @@ def lock_output_dir(output_dir):
 
 
 def save_run(args, progress, index):
-    """Writes config.yaml (which --config reads) and run.json, and copies the two scripts."""
+    """Writes config.yaml (for --config) and run.json, and copies this script and sdxl_data.py to output_dir."""
     output_dir = Path(args.output_dir)
     leave_out = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
     flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out} | {"seed": progress.seed}
@@ -1815,7 +1815,7 @@ def push_to_hub(args):
 
 @contextmanager
 def evaluating(models):
-    """Context manager that puts the models in eval mode, uncompiled and without gradients."""
+    """Context manager that sets eval mode and disables gradients and compiled code. Restores the modes at the end."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1829,9 +1829,9 @@ def evaluating(models):
 
 
 def validation_requests(index, batch_size, rank, world, max_batches):
-    """Returns this rank's validation batches as (requests, size). Requests after the first `size` are padding.
+    """Returns this rank's validation batches. Each is (requests, size); requests after the first `size` are padding.
 
-    A request is (row, label, step, position). Here, position is a hash of the image id, and seeds the noise.
+    A request is (row, label, step, position). Here, the position is a hash of the image id. It seeds the noise.
     """
     rows = np.argsort(index.id_hashes, kind="stable")
     batches = []
@@ -1845,7 +1845,7 @@ def validation_requests(index, batch_size, rank, world, max_batches):
 
 # Seam: the metric to sweep. Contract: a float in metrics.jsonl, lower is better, the same on any number of processes.
 def compute_validation_loss(run):
-    """Returns the mean unweighted loss of all validation samples. Their noise and timesteps never change."""
+    """Returns the mean unweighted validation loss. A sample's noise and timestep are the same at every validation."""
     args = run.args
     accelerator = run.accelerator
     device = accelerator.device
@@ -1873,7 +1873,7 @@ def compute_validation_loss(run):
 
 @contextmanager
 def stock_forward(*modules):
-    """Context manager that removes Accelerate's wrapper of `forward`, which diffusers' pipelines cannot use."""
+    """Context manager that removes Accelerate's `forward` wrappers, because diffusers' pipelines cannot use them."""
     wrapped = [(m, m.__dict__.pop("forward")) for m in modules if "forward" in m.__dict__]
     try:
         yield
@@ -1896,7 +1896,7 @@ def on_device(device, *modules):
 
 
 def make_pipeline(models):
-    """Returns diffusers' own pipeline for the stage, made of `models` and the snapshot's sampler."""
+    """Returns diffusers' pipeline for the stage, with the given models and the snapshot's sampler."""
     parts = {"vae": models.vae, "unet": models.unet, "scheduler": models.sampling_scheduler}
     parts |= {"text_encoder_2": models.text_encoders[-1], "tokenizer_2": models.tokenizers[-1]}
     parts["add_watermarker"] = False
@@ -1911,10 +1911,10 @@ def make_pipeline(models):
 
 
 def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
-    """Returns a sample image, (H, W, 3) float in [0, 1], drawn by diffusers' own pipelines.
+    """Returns a sample image (H, W, 3), float in [0, 1], made with diffusers' own pipelines.
 
-    The noise is made on the CPU, so diffusers draws the same image from the saved file and the seed. In the refiner
-    stage, the base model runs the fraction `switch_at` of the steps, and then the refiner takes over.
+    The noise is made on the CPU, so diffusers gives the same image for the saved LoRA and the same seed. With --stage
+    refiner, the base model runs the first fraction `switch_at` of the denoising steps, and the refiner runs the rest.
     """
     pipeline = make_pipeline(models)
     device = models.unet.device
@@ -1934,7 +1934,7 @@ def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_
 
 
 def draw_grid(images, prompts, columns):
-    """Draws a row of images for each prompt, under the prompt. `images` is (n, S, S, 3) uint8."""
+    """Returns a PIL image: one row of images per prompt, with the prompt above it. `images` is (n, S, S, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -1956,7 +1956,7 @@ def draw_grid(images, prompts, columns):
 
 
 def save_samples(run):
-    """Draws the sample images; the ranks share the work. Writes samples/step-N.png and logs it to the trackers."""
+    """Generates sample images on all ranks. Saves them as one grid, samples/step-N.png, and logs it to trackers."""
     args = run.args
     accelerator = run.accelerator
     seeds = range(run.progress.seed, run.progress.seed + args.num_validation_images)
@@ -1985,7 +1985,7 @@ def save_samples(run):
 
 
 def log_row(accelerator, row, step):
-    """Logs a row to every tracker. If one of them cannot write, the run continues."""
+    """Logs a row of metrics to every tracker. If a tracker cannot write, logs an error, and the run continues."""
     for tracker in accelerator.trackers:
         fault = try_write(lambda tracker=tracker: tracker.log(row, step=step))
         if fault:
@@ -1993,7 +1993,7 @@ def log_row(accelerator, row, step):
 
 
 def validate(run):
-    """Computes the validation loss, draws sample images, returns the metrics. Raises Preempted after a signal."""
+    """Computes validation loss and sample images. Returns the metrics. Raises Preempted after a stop signal."""
     progress = run.progress
     best = progress.best
     metrics = {}
@@ -2020,10 +2020,10 @@ def validate(run):
 
 @dataclass
 class Run:
-    """What the train loop works on, made by make_run().
+    """Holds everything that the train loop needs. make_run() creates it.
 
-    The models have three views: `models` is prepared (with DDP), for training steps; `unwrapped` is without DDP, for
-    validation and sample images; `trained` holds the unwrapped models that have adapters, by name, for saving.
+    `models` is for training steps; those with adapters are wrapped in DDP. `unwrapped` holds the same models without
+    DDP, for validation and sample images. `trained` maps names to the unwrapped models with adapters, for saving.
     """
 
     args: argparse.Namespace
@@ -2047,7 +2047,7 @@ class Run:
 
 
 def make_batches(args, accelerator, progress, index, mix):
-    """Returns the MicroBatches of all steps that are left, and the number of steps per epoch."""
+    """Returns the MicroBatches of all remaining steps, and the number of steps per epoch."""
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -2058,7 +2058,7 @@ def make_batches(args, accelerator, progress, index, mix):
 
 
 def train_step(run, batch):
-    """Runs a micro-step. Returns its losses (B,) and, if it ends an update, the gradient norm before clipping."""
+    """Runs a micro-step. Returns losses (B,) and the gradient norm before clipping, or None if no update is due."""
     args = run.args
     accelerator = run.accelerator
     grad_norm = None
@@ -2085,7 +2085,7 @@ def check_gradients(trained):
 
 @dataclass
 class Report:
-    """What the ranks tell each other about a step. It is read one step later, so that no step waits for it."""
+    """Holds one step's sums over all ranks and this rank's details. Usually read a step later, so no step waits."""
 
     step: int
     sums: torch.Tensor  # (4,) on the CPU, over the ranks: loss, gradient is not finite, stop signal, damaged samples
@@ -2097,7 +2097,7 @@ class Report:
 
 
 def send_report(run, losses, grad_norm, keys, skipped):
-    """Starts to add up the step's Report over all ranks. Nothing else is exchanged per step, besides gradients."""
+    """Starts summing the step's Report over all ranks. Apart from gradients, ranks exchange nothing else in a step."""
     on_gpu = losses.device.type == "cuda"
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
     own = to_device(own, losses.device)
@@ -2109,9 +2109,9 @@ def send_report(run, losses, grad_norm, keys, skipped):
 
 
 def count_nonfinite_step(run, report, loss):
-    """Counts a step whose loss or gradient is NaN or infinite. Training continues with fp16 or --on_nonfinite skip.
+    """Counts a step with a NaN or infinite loss or gradient. With fp16 or --on_nonfinite skip, the step is skipped.
 
-    Otherwise, or after too many such steps, raises TrainingError on all ranks, naming the step and the samples.
+    Otherwise, or after too many such steps in a row, raises TrainingError on all ranks, naming the step and samples.
     """
     progress = run.progress
     progress.nonfinite_steps += 1
@@ -2132,9 +2132,9 @@ def count_nonfinite_step(run, report, loss):
 
 
 def read_reports(run, late=0):
-    """Adds all reports but the newest `late` to run.progress. Returns whether the last of these is not finite.
+    """Adds all reports except the newest `late` to run.progress. Returns whether the last one read is non-finite.
 
-    All ranks read the same reports. After a stop signal it sets run.stopping and leaves no report unread.
+    All ranks read the same reports. If a report contains a stop signal, sets run.stopping and reads all reports.
     """
     is_nonfinite = False
     while len(run.reports) > (0 if run.stopping else late):
@@ -2158,7 +2158,7 @@ def read_reports(run, late=0):
 
 
 def log_metrics(run, bar, grad_norm):
-    """Writes a row to metrics.jsonl and the trackers, with the mean loss since the last row. Returns the row."""
+    """Logs a row to metrics.jsonl and the other trackers, and returns it. Its loss is the mean since the last row."""
     progress = run.progress
     step = progress.step
     last_step, last_time = run.last_log
@@ -2183,7 +2183,7 @@ def log_metrics(run, bar, grad_norm):
 
 
 def validate_or_stop(run):
-    """Calls validate(). If a stop signal prevents that, the resumed run begins with this validation."""
+    """Returns the metrics of validate(). After a stop signal, returns {} and leaves validation to the resumed run."""
     run.progress.validation_due = True
     if run.stopping:
         return {}
@@ -2197,7 +2197,7 @@ def validate_or_stop(run):
 
 
 def update_weights(run):
-    """Runs the optimizer, unless --on_nonfinite skip omits this step, and advances run.progress by one step."""
+    """Runs the optimizer, except when --on_nonfinite skip applies. Advances run.progress by one step in any case."""
     progress = run.progress
     may_skip = run.args.on_nonfinite == "skip" and run.accelerator.scaler is None  # a scaler skips by itself
     skip = read_reports(run) if may_skip else False
@@ -2213,7 +2213,7 @@ def update_weights(run):
 
 
 def train(run):
-    """Trains until max_train_steps or a stop signal. Returns the last metrics. Raises TrainingError or Preempted."""
+    """Trains to the last step or a stop signal. Returns the last metrics. Raises TrainingError if it cannot go on."""
     args = run.args
     accelerator = run.accelerator
     progress = run.progress
@@ -2269,7 +2269,7 @@ def train(run):
 
 
 def count_unet(unet, resolution, chunks, stage="base"):
-    """Returns the FLOP of one image, forward and backward through the UNet, and the bytes kept for backward."""
+    """Returns two numbers for one image: FLOP of the UNet's forward and backward pass, and bytes kept for backward."""
     config, dtype = unet.config, unet.dtype
     kept = {}  # storage → itself, of every tensor saved for backward
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -2301,7 +2301,7 @@ def count_unet(unet, resolution, chunks, stage="base"):
 
 
 def measure_matmul(device, dtype):
-    """Returns the FLOP/s of a large matrix product. No training step can be faster."""
+    """Measures and returns the FLOP/s of a large matrix product. This is an upper bound for the speed of training."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
     (a @ a @ a)[0, 0].item()  # warm-up
@@ -2314,7 +2314,7 @@ def measure_matmul(device, dtype):
 
 
 def estimate_resources(args, models, trained, device, images):
-    """Returns the memory that a device needs, part by part in bytes, and the shortest time for `images` images."""
+    """Estimates the memory of one device (bytes of each part) and the minimum time to train on `images` images."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(models.vae.config)
@@ -2373,7 +2373,7 @@ def log_preview(args, facts, damaged):
 
 
 def preview(args, accelerator, progress):
-    """Runs --dry_run: writes the folder preview/, logs a summary and returns the content of preview.json."""
+    """Runs --dry_run. Writes the folder preview/, logs a summary, and returns the content of preview.json."""
     dataset, mix, _ = make_data(accelerator, args, progress.seed)
     index = dataset.index
     signature = make_resume_signature(args, accelerator, index, mix)
@@ -2413,17 +2413,17 @@ def preview(args, accelerator, progress):
 
 
 def touch_preempt_file():
-    """Creates the file $PREEMPT_FILE, which tells a batch script to queue the job again."""
+    """Creates $PREEMPT_FILE, if set, to tell a batch script to queue the job again. Does nothing after Ctrl-C."""
     is_main = os.environ.get("RANK", "0") == "0"  # launchers also send SIGTERM to the others when it has failed
     if os.environ.get("PREEMPT_FILE") and is_main and stop.number != signal.SIGINT:
         Path(os.environ["PREEMPT_FILE"]).touch()
 
 
 class SignalListener:
-    """A thread that notes SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
+    """Thread that records SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
 
-    It ends the process if there is nothing to save, if no step ends within STOP_SECONDS of a signal, and at a second
-    Ctrl-C. The end of the launcher counts as SIGTERM.
+    After a signal, it ends the process at a second Ctrl-C, after STOP_SECONDS without progress, or at once if a single
+    process has no step to save. If the launcher ends, that counts as SIGTERM.
     """
 
     def __init__(self, launcher_pid):
@@ -2438,7 +2438,7 @@ class SignalListener:
         stop.listener = self
 
     def close(self):
-        """Restores the signal handlers of the program that called main()."""
+        """Ends the thread and restores the signal handlers of the program that called main()."""
         signal.set_wakeup_fd(-1)
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
@@ -2488,7 +2488,7 @@ class SignalListener:
 
 @contextmanager
 def stop_signals():
-    """Context manager in which signals mean "save and exit". At the end, the caller's handlers are restored."""
+    """Context manager in which stop signals mean "save and exit". Restores the previous signal handlers at the end."""
     if stop.listener is not None:
         yield
         return
@@ -2500,7 +2500,7 @@ def stop_signals():
 
 
 class JsonlTracker(GeneralTracker):
-    """Writes metrics.jsonl, one JSON object per row. While the disk is full, rows wait in memory."""
+    """Tracker that writes metrics.jsonl, one JSON object per line. While the disk is full, it keeps rows in memory."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -2526,7 +2526,7 @@ class JsonlTracker(GeneralTracker):
 
 
 def check_world(accelerator):
-    """Raises InputError if the launcher's processes do not form one group."""
+    """Raises InputError if the number of processes in the group is not the launcher's WORLD_SIZE."""
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         found = f"the launcher started {expected} processes, but each sees {accelerator.num_processes}"
@@ -2534,7 +2534,7 @@ def check_world(accelerator):
 
 
 def make_accelerator(args):
-    """Returns an Accelerator with our trackers. Raises InputError for flags that do not work on this machine."""
+    """Returns an Accelerator with its trackers. Raises InputError if a flag does not work on this machine."""
     output_dir = Path(args.output_dir)
     installed = [str(tracker) for tracker in get_available_trackers()]
     choices = {"all": installed, "none": [], **{name: [name] for name in installed}}
@@ -2569,7 +2569,7 @@ def make_accelerator(args):
 
 @contextmanager
 def readable_errors(args):
-    """Context manager that turns errors of libraries into errors that say what happened and what helps."""
+    """Context manager that turns known library errors into InputError or TrainingError, which say what to do."""
     resume = "the newest checkpoint is intact; continue with --resume_from_checkpoint latest"
     try:
         yield
@@ -2591,7 +2591,7 @@ def readable_errors(args):
 
 
 def prepare_output_dir(accelerator, args):
-    """Creates output_dir and starts this rank's log in it. Raises InputError if it cannot be written to."""
+    """Creates output_dir and starts this rank's log file in it. Raises InputError if the folder is not writable."""
     log = Path(args.output_dir) / args.logging_dir / f"rank-{accelerator.process_index}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -2610,7 +2610,7 @@ def prepare_output_dir(accelerator, args):
 
 
 def run_on_main(accelerator, action):
-    """Calls action() on the main process only. Every rank returns its value or raises its InputError."""
+    """Calls action() on the main process only. All ranks return its result, or raise the InputError that it raised."""
     answer = None
     if accelerator.is_main_process:
         try:
@@ -2629,7 +2629,7 @@ def run_on_main(accelerator, action):
 
 
 def claim_output_dir(args):
-    """Locks output_dir. Returns the checkpoint to resume from and its Progress, or None and a new Progress."""
+    """Locks output_dir. Returns the checkpoint folder and its Progress; for a new run, None and a new Progress."""
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
     folder, progress = find_checkpoint(args)
@@ -2643,7 +2643,7 @@ def claim_output_dir(args):
 
 
 def load_frozen_models(args, accelerator, progress, signature, index):
-    """Loads the frozen models. Raises InputError if a checkpoint was made with other models or flags."""
+    """Loads the frozen models. Raises InputError if the checkpoint to resume used other models, data or flags."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device)
     set_caption_chunks(args, accelerator, models, index)
@@ -2658,7 +2658,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """Adds adapters. Returns the models (with DDP if trained), {name: trained model}, and the optimizer."""
+    """Adds adapters. Returns the models with DDP, a dict of the trained models without DDP, and the optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
@@ -2679,7 +2679,7 @@ def prepare_for_training(args, accelerator, models, progress):
 
 
 def make_run(args, accelerator, progress):
-    """Makes everything that the train loop needs, in the order of the sections."""
+    """Returns the Run: everything that the train loop needs. Creates its parts in the order of the sections."""
     dataset, mix, val_dataset = make_data(accelerator, args, progress.seed)
     index = dataset.index
     raise_if_stopping(accelerator)
@@ -2710,7 +2710,7 @@ def make_run(args, accelerator, progress):
 
 
 def restore_output_dir(run, checkpoint):
-    """Deletes what an earlier run wrote after the checkpoint, and writes config.yaml, run.json and the scripts."""
+    """Deletes rows that an earlier run logged after the checkpoint. Writes config.yaml, run.json and the scripts."""
     args = run.args
     output_dir = Path(args.output_dir)
     row_files = [output_dir / "metrics.jsonl", output_dir / "skipped.jsonl"]
@@ -2745,7 +2745,7 @@ def begin(run, checkpoint):
 
 
 def finish(run, metrics):
-    """Writes LoRA and model card, also after a stop. Uploads finished runs. Raises TrainingError on a full disk."""
+    """Writes LoRA and model card. --push_to_hub uploads finished runs. Raises TrainingError if the disk is full."""
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
@@ -2768,7 +2768,7 @@ def finish(run, metrics):
 
 
 def main(argv=None):
-    """Trains as the flags say. Returns the last metrics."""
+    """Trains with the flags in `argv` (None: the command line). Returns the last metrics that were logged."""
     args = parse_args(argv)
     with stop_signals(), readable_errors(args):
         accelerator = make_accelerator(args)
