@@ -57,7 +57,7 @@ def note_first_step(path, module):
 
 def final_state(output_dir):
     """(tensors of adapters and optimizer by name, rows of metrics without times, best validation) at the end."""
-    from test_checkpoints import tensors_of
+    from compare import tensors_of
 
     folder = output_dir / f"checkpoint-{STEPS}"
     tensors = tensors_of(folder)
