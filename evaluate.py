@@ -57,7 +57,7 @@ logger = logging.getLogger("evaluate")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. `species` may be None."""
+    """A prompt to evaluate. CLIP compares the images of the prompt with `clip_prompt`. `species` may be None."""
 
     id: str
     prompt: str
@@ -92,7 +92,7 @@ POKEFA_PROMPTS = [
 
 
 def parse_prompt(line, number):
-    """Makes a Prompt of a line of JSON. Raises ValueError naming the field that is wrong."""
+    """Parses line `number` of a JSONL file. Returns a Prompt. Raises ValueError naming the field that is wrong."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,7 +112,10 @@ def parse_prompt(line, number):
 
 
 def read_prompts(path=None):
-    """Reads a JSONL file of prompts, or the default prompts. Raises ValueError naming a wrong line."""
+    """Returns the Prompts in a JSONL file, or the default prompts if `path` is None.
+
+    Raises ValueError if a line is wrong, the file is empty or two prompts have the same id.
+    """
     if path is None:
         return [Prompt(id, text, text, species, tuple(tags.split(", "))) for id, species, tags, text in POKEFA_PROMPTS]
     prompts = []
@@ -132,7 +135,7 @@ def read_prompts(path=None):
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate: the base model, alone or with LoRAs. Only checkpoints have a `step`."""
+    """The base model, alone or with LoRAs, to evaluate. `step` is None unless the LoRA is a checkpoint of a run."""
 
     name: str
     lora: Path | None = None
@@ -141,7 +144,7 @@ class Model:
 
 
 def find_lora(path):
-    """Returns the LoRA file that `path` means: a file, a run or a checkpoint. Raises ValueError if there is none."""
+    """Returns the LoRA file for `path`: a file, a run or a checkpoint. Raises ValueError if there is no such file."""
     path = Path(path).expanduser()
     file = path / sdxl_data.LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -150,7 +153,10 @@ def find_lora(path):
 
 
 def list_models(args):
-    """Lists the models to compare: base, each --lora, each checkpoint. Raises ValueError for a missing LoRA."""
+    """Returns the Models to compare: the base model, each --lora, and each checkpoint of --checkpoints.
+
+    Raises ValueError if a LoRA file is missing or --checkpoints has no checkpoint.
+    """
     refiner_lora = find_lora(args.refiner_lora) if args.refiner_lora else None
     models = {"base model": Model("base model")}
 
@@ -236,7 +242,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Reads and checks the flags. Nothing changes the result later."""
+    """Parses and checks the flags. Exits with an error if a flag is wrong. The result is never changed later."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("resolution", "num_inference_steps", "batch_size"):
@@ -332,7 +338,11 @@ IMAGE_FLAGS = """pretrained_model_name_or_path revision variant lora_scale refin
 
 
 def list_jobs(args, models, prompts):
-    """Lists a Job for every model, prompt and seed. Its path changes with anything that changes the image."""
+    """Returns a Job for every combination of model, prompt and seed.
+
+    An image's path contains hashes of IMAGE_FLAGS, the LoRA files and the prompt. If one of them changes, the image is
+    generated again.
+    """
     folder = Path(args.images_dir or Path(args.output_dir) / "images")
     jobs = []
     for model in models:
@@ -348,12 +358,12 @@ def list_jobs(args, models, prompts):
 
 
 def noise_seed(prompt, seed):
-    """Returns the seed of an image's noise. It depends on the id of the prompt and on the seed, nothing else."""
+    """Returns the seed for an image's noise. The result depends only on the prompt's id and on `seed`."""
     return sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)
 
 
 class ImageGenerator:
-    """Draws images with diffusers' own pipelines, base and optional refiner, for one Model at a time."""
+    """Generates images for one Model at a time, with diffusers' pipelines for SDXL and, if given, the refiner."""
 
     def __init__(self, args, device):
         self.args = args
@@ -374,7 +384,7 @@ class ImageGenerator:
         return base.to(self.device)
 
     def load_refiner(self):
-        """Makes the refiner's pipeline. It shares everything but the UNet with the base's."""
+        """Returns the refiner's pipeline. It has its own UNet and shares all other parts with the base pipeline."""
         folder = None if (Path(self.args.refiner_unet).expanduser() / "config.json").is_file() else "unet"
         load = UNet2DConditionModel.from_pretrained
         unet = trainer.load_part(self.args, load, folder, "--refiner_unet", **self.options)
@@ -394,7 +404,7 @@ class ImageGenerator:
         return refiner
 
     def use(self, model):
-        """Loads the LoRAs of a model. Raises InputError if one does not fit."""
+        """Replaces the loaded LoRAs with those of `model`. Raises InputError if a LoRA does not fit."""
         if model == self.loaded:
             return
         # Unload from both before loading into either: they share text_encoder_2.
@@ -408,7 +418,7 @@ class ImageGenerator:
         self.loaded = model
 
     def load_lora(self, flag, pipeline, scaled, file):
-        """Loads a LoRA into a pipeline and sets its strength. Raises InputError if it does not fit."""
+        """Loads a LoRA at the strength --lora_scale. Raises InputError naming `flag` if the LoRA does not fit."""
         name = flag.removeprefix("--")
         try:
             pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
@@ -418,7 +428,7 @@ class ImageGenerator:
             raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
 
     def generate(self, prompts, seeds):
-        """Draws one PIL image for each pair of prompt and seed, from noise made on the CPU."""
+        """Returns one PIL image for each pair of a prompt and a seed. The noise is drawn on the CPU."""
         args = self.args
         texts = [prompt.prompt for prompt in prompts]
         side = args.resolution // self.base.vae_scale_factor
@@ -486,7 +496,7 @@ def generate_images(args, state, jobs):
 
 
 class Clip:
-    """An open_clip model. Raises InputError naming `flag` if it does not load."""
+    """An open_clip model for images and texts. Raises InputError naming `flag` if the model does not load."""
 
     def __init__(self, name, device, flag="--clip_model"):
         architecture = name
@@ -504,19 +514,22 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images):
-        """Returns the embeddings of PIL images as unit vectors, (n, D) float32."""
+        """Returns the CLIP embeddings of n PIL images as unit vectors, (n, D) float32."""
         pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
         return self.model.encode_image(pixels.to(self.device), normalize=True).float().cpu().numpy()
 
     @torch.no_grad()
     def embed_texts(self, texts):
-        """Returns the embeddings of texts as unit vectors, (n, D) float32."""
+        """Returns the CLIP embeddings of n texts as unit vectors, (n, D) float32."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
 
 
 def load_head_layers(path):
-    """Reads weight and bias of each layer of an aesthetic head, without running code from the file."""
+    """Returns (weight, bias) of each layer of an aesthetic head. Does not run code from the file.
+
+    Raises InputError if the file does not load.
+    """
     try:
         if str(path).startswith("http"):
             tensors = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
@@ -534,10 +547,10 @@ def load_head_layers(path):
 
 
 def load_aesthetic_head(path, width):
-    """Loads LAION's aesthetic head, linear or MLP: a function from unit vectors (n, width) to scores (n,) of 1 to 10.
+    """Loads LAION's aesthetic head. Returns a function from unit vectors (n, width) to scores (n,) of about 1 to 10.
 
-    The MLP has no activations between its layers (github.com/christophschuhmann/improved-aesthetic-predictor). Raises
-    InputError if the file does not load or its layers do not fit.
+    The head is linear, or an MLP without activations (github.com/christophschuhmann/improved-aesthetic-predictor).
+    Raises InputError if the file does not load or its layers do not map `width` numbers to one.
     """
     layers = load_head_layers(path)
     widths = [width, *(len(bias) for _, bias in layers)]
@@ -556,7 +569,10 @@ def load_aesthetic_head(path, width):
 
 
 def embed_files(state, clip_name, flag, paths):
-    """Returns CLIP embeddings (n, D) of image files on every process. They share the work and cache it."""
+    """Returns the CLIP embeddings of n image files, (n, D), in every process.
+
+    The processes share the work. Each embedding is saved beside its image.
+    """
     saved = [path.with_suffix(f".{short_hash(clip_name)}.npy") for path in paths]
     missing = [(path, file) for path, file in zip(paths, saved) if not file.exists()]
     mine = missing[state.process_index :: state.num_processes]
@@ -575,10 +591,11 @@ def embed_files(state, clip_name, flag, paths):
 
 # Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
 def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
-    """Scores images by their CLIP embeddings (n, D). Returns "adherence", "aesthetic" and "score", (n,) each.
+    """Returns {"adherence", "aesthetic", "score"}, (n,) each, for images with the CLIP embeddings (n, D).
 
-    Adherence is the cosine similarity of image and prompt. `aesthetic` holds the scores of the aesthetic head (n,); if
-    it is None, the score is the adherence.
+    Adherence is the cosine similarity of an image and its clip_prompt. `aesthetic`, (n,), is from the aesthetic head.
+    The score is weights[0] · adherence + weights[1] · aesthetic / 10. If `aesthetic` is None, the score is the
+    adherence, and "aesthetic" is left out.
     """
     texts = list(dict.fromkeys(prompt.clip_prompt for prompt in prompts))
     of_text = dict(zip(texts, clip.embed_texts(texts)))
@@ -590,12 +607,12 @@ def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
 
 
 def name_species(embeddings, species, clip, template="{}"):
-    """Returns for each image the index of the species that CLIP finds most similar, (n,)."""
+    """Returns the index of the species that CLIP finds most similar to each image, (n,)."""
     return (embeddings @ clip.embed_texts([template.format(name) for name in species]).T).argmax(axis=1)
 
 
 def diversity_of(embeddings):
-    """Returns the mean cosine distance between the images of a prompt. It is NaN for a single image."""
+    """Returns the mean cosine distance between the images of a prompt. Returns NaN for a single image."""
     if len(embeddings) < 2:
         return math.nan
     pairs = np.triu_indices(len(embeddings), 1)
@@ -606,10 +623,10 @@ def diversity_of(embeddings):
 
 
 def make_thumbnails(image):
-    """Returns small copies of the start, middle and end of an image's long side, as unit vectors (3, F).
+    """Returns thumbnails of the start, middle and end of an image's long side, as unit vectors (3, F).
 
-    The product of two is their correlation, because the mean is subtracted. It tells a copy from another image of the
-    same subject, which CLIP cannot do. It misses copies that are cropped differently.
+    The mean is subtracted, so the dot product of two thumbnails is their correlation. Correlation tells a copy from
+    another image of the same subject, which CLIP cannot do. It misses copies that are cropped differently.
     """
     side = min(image.size)
     image = image.convert("RGB")
@@ -632,7 +649,7 @@ def mirror_thumbnails(thumbnails):
 
 @dataclass
 class Reference:
-    """Training images: their names, their places in the shards, their embeddings and thumbnails."""
+    """The images of some shards, training or held-out. A place is (path of the shard, offset, size)."""
 
     names: list
     places: list
@@ -641,7 +658,7 @@ class Reference:
 
 
 def embed_samples(samples, clip, quiet):
-    """Returns name, place, embedding and thumbnails of each usable image in `samples`."""
+    """Returns a list of (name, place, embedding, thumbnails), one for each image in `samples` that is not damaged."""
     found = []
     for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
         rows = []
@@ -669,7 +686,10 @@ def write_reference(path, found):
 
 
 def embed_shards(state, args, shards):
-    """Embeds all usable images of some shards, or reads the cached result. The processes share the work."""
+    """Returns a Reference of all usable images in `shards`. Reads it from --output_dir if it was saved there before.
+
+    The processes share the work. Raises InputError if no image is usable.
+    """
     opened = [sdxl_data.Shard(path, args.cache_dir or args.output_dir) for path in sdxl_data.expand_shards(shards)]
     stamps = [(shard.path, shard.stamp) for shard in opened]
     cached = Path(args.output_dir) / f"shards-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
@@ -690,10 +710,10 @@ def embed_shards(state, args, shards):
 
 
 def find_nearest(vectors, reference, itself=False):
-    """Finds for each image in `vectors` the nearest one in `reference`. Returns similarities and indices, (n,) each.
+    """Finds the nearest image in `reference` for each of n images. Returns similarities and indices, (n,) each.
 
-    Both are (images, views, F); the similarity of two images is that of their most similar views. Set `itself` if both
-    are the same images: an image is then not compared with itself.
+    `vectors` and `reference` are (images, views, F). The similarity of two images is that of their most similar views.
+    Set `itself` if both hold the same images: then an image is not compared with itself.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []
@@ -709,10 +729,10 @@ def find_nearest(vectors, reference, itself=False):
 
 
 def compare_with_training(embeddings, thumbnails, reference, itself=False):
-    """Compares n images with all training images. Returns three arrays (n,).
+    """Compares n images with all images in `reference`. Returns a dict of three arrays, (n,) each.
 
-    "nearest_similarity" is the highest similarity by CLIP. "copy_similarity" is the highest correlation of thumbnails,
-    also of mirrored ones, and "nearest" is the index of the training image that has it.
+    "nearest_similarity" is the highest CLIP similarity. "copy_similarity" is the highest correlation of thumbnails,
+    also of mirrored ones. "nearest" is the index of the reference image with that correlation.
     """
     similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
     both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)
@@ -721,7 +741,11 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
 
 
 def describe_held_out(held_out, reference):
-    """Returns how similar unseen images are to training images. Beyond "copy_limit", an image counts as a copy."""
+    """Returns how similar held-out images are to training images.
+
+    If `held_out` is `reference`, compares the training images with each other. A generated image counts as a copy if
+    its "copy_similarity" is above "copy_limit".
+    """
     middles = held_out.thumbnails[:, 1]
     found = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
     return {
@@ -747,14 +771,14 @@ def list_species(prompts):
 
 
 def add_species(rows, named):
-    """Adds the species that CLIP names, and whether it is right, to rows whose prompt has a species."""
+    """Adds to each row "named", the species by CLIP, and "right". Both are None if the prompt has no species."""
     for row, name in zip(rows, named):
         row["named"] = name if row["species"] else None
         row["right"] = name == row["species"] if row["species"] else None
 
 
 def add_copies(rows, found, reference, limit):
-    """Adds the similarities to training images, and whether an image counts as a copy."""
+    """Adds the similarities to training images to each row. "copy" is True if "copy_similarity" is above `limit`."""
     is_copy = found["copy_similarity"] > limit
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])
@@ -764,7 +788,7 @@ def add_copies(rows, found, reference, limit):
 
 
 def score_all(args, state, models, prompts, jobs):
-    """Scores all images. The main process returns Scores, the others None."""
+    """Scores the images of all jobs. Returns Scores in the main process and None in the other processes."""
     paths = [job.path for job in jobs]
     embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
     aesthetic = None
@@ -805,7 +829,7 @@ def score_all(args, state, models, prompts, jobs):
 
 
 def bootstrap(values, groups):
-    """Returns the mean and its 95 % interval. Prompts are resampled, each with all its images."""
+    """Returns the mean of `values` and its 95 % bootstrap interval. Resamples prompts, each with all its images."""
     values = np.asarray(values, dtype=np.float64)
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(codes, weights=values)
@@ -828,7 +852,7 @@ METRICS = {
 
 
 def summarise(models, rows):
-    """Returns, for each model and metric, the mean with its interval, and the difference from the base model."""
+    """Returns {model name: {metric: mean and interval}}. "vs_base" holds the differences from the base model."""
     of_base = {(row["prompt_id"], row["seed"]): row for row in rows if row["model"] == models[0].name}
     summary = {}
     for model in models:
@@ -850,7 +874,7 @@ def summarise(models, rows):
 
 
 def add_diversity(summary, prompts, embeddings):
-    """Adds "diversity", the mean distance between the images of a prompt, to the summary of each model."""
+    """Adds each model's "diversity", the mean distance between images of a prompt. Needs at least two seeds."""
     ids = [prompt.id for prompt in prompts]
     values = [[diversity_of(images) for images in of_model] for of_model in embeddings]
     if any(map(math.isnan, values[0])):  # there is one seed only
@@ -957,9 +981,9 @@ SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(-
 
 
 def render_page(body, title, **values):
-    """Makes an HTML page. `body` is Jinja2 source that may use `title` and `values`.
+    """Returns an HTML page. `body` is a Jinja2 template that may use `title` and the names in `values`.
 
-    Values are escaped unless they are Markup. Raises jinja2.UndefinedError for a name without a value.
+    Escapes values that are not Markup. Raises jinja2.UndefinedError if the template uses a name without a value.
     """
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({"layout": LAYOUT, "body": body}),
@@ -972,7 +996,7 @@ def render_page(body, title, **values):
 
 
 def figure_svg(figure, label):
-    """Turns a matplotlib Figure into inline SVG that fills the available width. Screen readers read the label."""
+    """Returns a matplotlib Figure as inline SVG that fills the available width. `label` is for screen readers."""
     encoded = io.StringIO()
     # No date and a fixed salt: equal figures give equal text. Text stays text, so that fonts come from the page.
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -994,7 +1018,7 @@ def figure_svg(figure, label):
 
 
 def data_uri(image, side=None):
-    """Returns an image as a data URI, scaled down to at most `side` px."""
+    """Returns an image as a data URI. If `side` is given, scales the image down to at most `side` px."""
     image = image.convert("RGB")
     if side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -1084,7 +1108,7 @@ Their CLIP similarity is {{ "%.3f" % held_out.nearest_similarity }}.</p>
 
 
 def format_interval(interval, metric, signed=False):
-    """Formats a mean and its interval as Markup. Shares are shown in percent."""
+    """Returns a mean and its interval as Markup. `right` and `copy` are shown in percent."""
     is_share = metric in ("right", "copy")
     scale = 100 if is_share else 1
     unit = " %" if is_share else ""
@@ -1122,7 +1146,7 @@ def first_of_each(rows, group_of, count):
 
 
 def find_copies(args, rows, reference, count=8):
-    """Returns the images that are most similar to a training image, each with that image as a data URI."""
+    """Returns (row, training image as a data URI) for the most similar pairs. Shows each training image only once."""
     ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
     copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
@@ -1167,7 +1191,7 @@ def write_report(args, models, prompts, scores, metrics, argv):
 
 
 def write_grid(args, models, prompts, jobs):
-    """Writes grid.png: the first seed, a row per prompt, a column per model."""
+    """Writes grid.png: the images of the first seed, with a row for each prompt and a column for each model."""
     paths = {(job.model, job.prompt): job.path for job in jobs if job.seed == args.seeds[0]}
     side = min(args.resolution, 256)
     tiles = []
@@ -1205,7 +1229,7 @@ def report_to_wandb(args, rows, summary):
 
 
 def set_up_logging(is_main_process):
-    """Lets only the main process log, and silences the libraries."""
+    """Sets the log level to INFO in the main process. Other processes and the libraries log only errors."""
     logger.handlers = [logging.StreamHandler()]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
@@ -1223,7 +1247,7 @@ def log_summary(summary):
 
 
 def main(argv=None):
-    """Draws the images, scores them and writes the report. Returns the content of metrics.json."""
+    """Generates the images, scores them and writes the report. Returns the metrics, or {} in the other processes."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parse_args(argv)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=trainer.GROUP_TIMEOUT)])

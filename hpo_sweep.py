@@ -109,13 +109,13 @@ def make_parser():
 
 
 def split_words(argv):
-    """Splits a command line at -- into the sweep's own words and the others."""
+    """Splits the arguments at `--` into the sweep's own and those for the trainer."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
 
 def read_yaml(flag, path):
-    """Reads a YAML file. Raises InputError naming the flag if it cannot be read or is not a mapping."""
+    """Reads a YAML file. Raises InputError naming `flag` if the file cannot be read, is empty or is not a mapping."""
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -126,7 +126,7 @@ def read_yaml(flag, path):
 
 
 def parse_own_flags(argv):
-    """Reads and checks the sweep's own flags. Also returns the words after --."""
+    """Parses and checks the sweep's own flags. Returns them and the arguments after `--`."""
     own, words = split_words(argv)
     parser = make_parser()
     args = parser.parse_args(own)
@@ -152,7 +152,7 @@ def parse_own_flags(argv):
 
 
 class Stop:
-    """The stop signal that this process has received, if any. The object is truthy once there is one."""
+    """The stop signal that this process has received. bool(stop) is True once a signal has arrived."""
 
     def __init__(self):
         self.number = None
@@ -203,9 +203,9 @@ SEARCH_SPACES = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A flag to search: a range of numbers (integers if `whole`) or a list of choices.
+    """A flag to search, with a range of numbers (integers if `whole`) or a list of choices.
 
-    It is searched only in trials whose other flags have the values in `when`.
+    A trial searches the flag only if the trial's other flags have the values in `when`.
     """
 
     flag: str
@@ -227,7 +227,7 @@ class Parameter:
 
     @property
     def stored_as_json(self):
-        """Whether choices are stored as JSON: Optuna itself stores only numbers, strings and booleans."""
+        """True if choices are stored as JSON, because some are not numbers, strings or booleans."""
         return not all(isinstance(choice, (bool, int, float, str)) for choice in self.choices)
 
     def suggest(self, trial):
@@ -240,7 +240,7 @@ class Parameter:
         return trial.suggest_float(self.flag, self.low, self.high, log=self.log)
 
     def corners(self):
-        """Returns all choices, or both ends of the range. If the trainer accepts these, it accepts every value."""
+        """Returns the values that parse_args tries on the trainer: all choices, or both ends of the range."""
         if self.choices:
             return list(self.choices)
         if self.whole:
@@ -249,7 +249,7 @@ class Parameter:
 
 
 def read_parameter(flag, row, whole):
-    """Makes a Parameter of a row of --search_space. Raises ValueError saying what is wrong."""
+    """Returns the Parameter for a row of --search_space. Raises ValueError saying what is wrong with the row."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r}; expected low and high, or choices")
     unknown = set(row) - {"low", "high", "log", "choices", "when"}
@@ -274,7 +274,11 @@ def read_parameter(flag, row, whole):
 
 
 def make_search_space(path, given, trainer_args):
-    """Lists the Parameters to search. Raises InputError naming the file and the flag if one is wrong."""
+    """Returns the Parameters to search, from the file `path` or by default for the stage.
+
+    Leaves out default Parameters that are given after `--`, and all Parameters whose `when` can never hold. Raises
+    InputError naming the file and the flag if a row is wrong.
+    """
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
     source = f"--search_space: {path or 'the default'}"
     actions = {action.dest: action for action in trainer.make_parser()._actions}
@@ -304,7 +308,10 @@ def make_search_space(path, given, trainer_args):
 
 
 def corner_values(space):
-    """Yields {flag: value} for each corner of each parameter, while the others keep their first corner."""
+    """Yields {flag: value} for each corner of each Parameter. All other Parameters have their first corner.
+
+    Flags in the `when` of the Parameter have the values given there.
+    """
     first = {p.flag: p.corners()[0] for p in space}
     for parameter in space:
         for value in parameter.corners():
@@ -315,7 +322,7 @@ def corner_values(space):
 
 
 def suggest_flags(trial, sweep):
-    """Returns the values that the sampler proposes for a trial, as {flag: value}."""
+    """Returns {flag: value} for a trial: the values that the sampler proposes for the Parameters that apply."""
     fixed = vars(sweep.trainer_args)
     values = {}
     for parameter in sweep.space:
@@ -331,7 +338,7 @@ def suggest_flags(trial, sweep):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parsed command line: the sweep's flags, those of every trial and evaluation, and the search space."""
+    """A parsed command line: the sweep's own flags, the flags of the trainer and evaluate.py, the search space."""
 
     args: object
     trainer_flags: dict  # the flags given after --, with absolute paths
@@ -345,7 +352,7 @@ class Sweep:
 
     @property
     def lock(self):
-        """A lock to hold while deciding who runs which trial. It is released even if its process is killed."""
+        """A file lock to hold while claiming or recording a trial. If the holder is killed, the lock is released."""
         return filelock.FileLock(self.folder / ".lock")
 
     @property
@@ -365,7 +372,7 @@ class Sweep:
         return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
 
     def signature(self):
-        """Returns what must be the same in all commands that work on one study."""
+        """Returns the settings that must be the same in all commands that work on one study."""
         names = ("objective", "trial_steps", "seed", "startup_trials", "pruner", "pruning_warmup")
         signature = {name: getattr(self.args, name) for name in names}
         signature["trainer"] = self.trainer_flags
@@ -384,7 +391,7 @@ def make_absolute(value):
 
 
 def given_flags(parser, words):
-    """Returns the flags that were given, here or in --config, as {flag: value} with absolute paths."""
+    """Returns {flag: value} for flags in `words` or in a --config file, without defaults. Makes paths absolute."""
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
@@ -394,7 +401,7 @@ def given_flags(parser, words):
 
 
 def to_words(flags):
-    """Makes a command line of {flag: value}. True becomes --flag, False --no-flag; None is left out."""
+    """Returns the arguments for {flag: value}. True gives --flag, False gives --no-flag, None gives nothing."""
     words = []
     for name, value in flags.items():
         if value is True:
@@ -409,7 +416,10 @@ def to_words(flags):
 
 
 def make_evaluation(args, trainer_args):
-    """Returns the flags for evaluate.py, the same for every trial. Raises InputError if they are wrong."""
+    """Returns {flag: value} for evaluate.py, with the flags that are the same for every trial.
+
+    Raises InputError if the file of --evaluation cannot be read or has a flag that a sweep does not accept.
+    """
     flags = {"resolution": trainer_args.resolution}
     for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
         flags[name] = make_absolute(getattr(trainer_args, name))
@@ -433,7 +443,7 @@ def make_evaluation(args, trainer_args):
 
 
 def refusal_of(flags):
-    """Returns the trainer's error message for these flags, or None if it accepts them."""
+    """Returns the trainer's error message for these flags, or None if the trainer accepts them."""
     with contextlib.redirect_stderr(io.StringIO()) as output:
         try:
             trainer.parse_args(to_words(flags))
@@ -443,7 +453,7 @@ def refusal_of(flags):
 
 
 def parse_args(argv=None):
-    """Reads a command line. Every flag passes the checks of the script that will receive it."""
+    """Returns the Sweep of a command line. Exits if this script, the trainer or evaluate.py refuses a flag."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args, words = parse_own_flags(argv)
     parser = make_parser()
@@ -482,14 +492,14 @@ def parse_args(argv=None):
 
 
 def drop_torn_line(journal):
-    """Removes an incomplete last line, left by a crash, with which Optuna could not read the journal."""
+    """Removes an incomplete last line from the journal. A crash can leave one, and Optuna cannot read it."""
     data = journal.read_bytes() if journal.exists() else b""
     if data and not data.endswith(b"\n"):
         os.truncate(journal, data.rfind(b"\n") + 1)
 
 
 def open_study(sweep):
-    """Opens or creates the study. Raises InputError if it was started with other flags."""
+    """Opens or creates the study. Raises InputError if it does not open or was started with other flags."""
     storage = sweep.args.storage
     if storage is None:
         journal = sweep.folder / "study.journal"
@@ -515,7 +525,7 @@ def open_study(sweep):
 
 
 def make_sampler(sweep, proposal):
-    """Makes a TPE sampler. Its seed depends on --seed and the number of proposals, so a restart changes nothing."""
+    """Returns a TPE sampler. Its seed depends only on --seed and `proposal`, not on restarts or workers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
@@ -536,12 +546,12 @@ def make_pruner(sweep):
 
 
 def worker_id():
-    """Returns host, pid and start time of this process. The start time is needed because pids are reused."""
+    """Returns the host, pid and start time of this process. Pids are reused, so the pid alone is not enough."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
 def is_alive(worker, folder):
-    """Returns whether the worker of a trial still runs. If it is on another machine, its heartbeat file decides."""
+    """Returns True if a trial's worker still runs. For a worker on another machine, checks its heartbeat file."""
     if worker is None:
         return False
     host, pid, started = worker.split()
@@ -565,7 +575,7 @@ def trial_folder(sweep, trial):
 
 
 def trial_flags(sweep, folder, searched):
-    """Returns all flags of a trial. They are written to its trial.yaml."""
+    """Returns {flag: value} for the trainer in a trial. `searched` holds the values from the sampler."""
     steps = sweep.args.trial_steps
     defaults = {
         "report_to": "none",
@@ -590,7 +600,7 @@ def write_yaml(path, content):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Context manager in which signals set `stop`. At the end, the caller's handlers are restored."""
+    """Context manager that stores signals in `stop`. On exit, restores the caller's handlers and clears `stop`."""
     previous = {number: signal.signal(number, stop.receive) for number in STOP_SIGNALS}
     try:
         yield
@@ -601,7 +611,7 @@ def stop_signals():
 
 
 def die_with_parent():
-    """Asks Linux, in a child process, for SIGTERM when the sweep dies, even if the sweep is killed."""
+    """Makes Linux send SIGTERM to this child process when the sweep ends, even if the sweep is killed."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -610,7 +620,10 @@ def die_with_parent():
 
 
 def start_child(command, log, variables):
-    """Starts a command with more environment variables, in its own session, so Ctrl-C reaches only the sweep."""
+    """Starts a command in its own session, so that Ctrl-C reaches only the sweep. Returns the process.
+
+    Adds `variables` to the environment, and appends the output to the file `log`.
+    """
     environment = dict(os.environ)
     environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
     environment.update(variables)
@@ -624,7 +637,7 @@ def start_child(command, log, variables):
 
 
 def end_processes(processes):
-    """Sends SIGTERM to the first process, which passes it on. Kills all that still run after STOP_SECONDS."""
+    """Sends SIGTERM to the first process, which passes it on to the others. Kills any that run after STOP_SECONDS."""
     with contextlib.suppress(psutil.NoSuchProcess):
         processes[0].terminate()
     _, left = psutil.wait_procs(processes, STOP_SECONDS)
@@ -643,7 +656,7 @@ def end_child(child):
 
 
 def end_leftovers(folder):
-    """Ends processes on this machine that still work on the trial of a dead worker."""
+    """Ends the trainers and evaluations on this machine that still work in the folder of a dead worker's trial."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
         ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
@@ -653,7 +666,7 @@ def end_leftovers(folder):
 
 
 def launch(sweep, script, words):
-    """Returns the command that runs a script with --processes_per_trial processes, on a free port."""
+    """Returns the `accelerate launch` command for a script, with --processes_per_trial processes and a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -668,7 +681,7 @@ def launch(sweep, script, words):
 
 
 def take_over_trial(study, sweep):
-    """Returns a trial whose worker is gone, so that it can be continued, or None."""
+    """Returns a running trial whose worker is dead, so that it can be continued. Returns None if there is none."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         folder = trial_folder(sweep, frozen)
         if not is_alive(frozen.user_attrs.get("worker"), folder):
@@ -679,7 +692,7 @@ def take_over_trial(study, sweep):
 
 
 def enqueue_second_attempts(study):
-    """Queues every trial that was killed and may be tried again."""
+    """Adds each trial that was killed to the study's queue again, up to MAX_ATTEMPTS attempts in all."""
     trials = study.get_trials(deepcopy=False)
     attempts = {(t.user_attrs.get("retry_of", t.number), t.user_attrs.get("attempt", 1)) for t in trials}
     for trial in trials:
@@ -691,7 +704,7 @@ def enqueue_second_attempts(study):
 
 
 def ask_trial(study, sweep):
-    """Returns the next second attempt or a new proposal, or None if the study has all its trials."""
+    """Returns a second attempt from the queue, or else a new trial. Returns None if the study has all its trials."""
     enqueue_second_attempts(study)
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     proposals = [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
@@ -702,7 +715,7 @@ def ask_trial(study, sweep):
 
 
 def claim_trial(study, sweep):
-    """Returns a trial for this process to run and its folder, or None. The caller must hold the sweep's lock."""
+    """Returns (trial, folder) for this worker, or None if no trial is left. The caller must hold the sweep's lock."""
     trial = take_over_trial(study, sweep)
     if trial is None:
         trial = ask_trial(study, sweep)
@@ -719,11 +732,11 @@ def claim_trial(study, sweep):
 
 
 class TrialFailed(Exception):
-    """The reason why a trial failed. It begins with "killed" if one of its processes was ended from outside."""
+    """A trial has failed. The message is the reason. It begins with "killed" if a process was ended from outside."""
 
 
 def validation_rows(folder):
-    """Returns (step, validation loss) of everything that a run has logged so far, each step once."""
+    """Returns a list of (step, validation loss) that a run has logged so far, sorted, each step once."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -737,7 +750,7 @@ def validation_rows(folder):
 
 
 def read_log(path):
-    """Returns the text of a log, with a line for each state of a progress bar."""
+    """Returns the text of a log. Each update of a progress bar becomes a line."""
     return path.read_text(errors="replace").replace("\r", "\n")
 
 
@@ -746,7 +759,7 @@ def tail_of(log, lines=LOG_TAIL):
 
 
 def read_reason(log, code):
-    """Returns why a process failed: its last error message, or else the last line of its log."""
+    """Returns why a process failed: its exit code, and the last error message or else the last line of its log."""
     text = read_log(log)
     own_errors = r"\w+\.py: error: (.+)"  # first choice, since a launcher adds errors of its own
     any_errors = r".*(?:Error: |OutOfMemory).*"
@@ -759,9 +772,10 @@ def read_reason(log, code):
 
 
 def watch(child, folder, on_poll=lambda: None):
-    """Waits for a child and calls `on_poll` again and again. If that raises an error, the child is ended.
+    """Waits for a child process and calls on_poll() every POLL_SECONDS. Ends the child if on_poll() raises an error.
 
-    Raises TrialFailed if the child failed, and KeyboardInterrupt if the sweep received a signal.
+    Also touches the heartbeat file in `folder`. Raises TrialFailed if the child exits with an error, and
+    KeyboardInterrupt if the sweep has received a stop signal.
     """
     last_beat = 0.0
     try:
@@ -787,7 +801,7 @@ def watch(child, folder, on_poll=lambda: None):
 
 
 def child_environment(sweep, **variables):
-    """Returns the environment variables that a child gets in addition."""
+    """Returns the environment variables to add for a child process: `variables` and those for every child."""
     variables["WANDB_RUN_GROUP"] = sweep.args.study_name
     variables["PYTHONWARNINGS"] = "ignore"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -796,7 +810,11 @@ def child_environment(sweep, **variables):
 
 
 def train(sweep, study, trial, folder):
-    """Runs the trainer on trial.yaml. Raises TrialPruned if the validation loss is poor, and what `watch` raises."""
+    """Runs the trainer with the flags in trial.yaml, and reports its validation losses to the study.
+
+    Raises TrialPruned if the pruner stops the trial, TrialFailed if the training fails, and KeyboardInterrupt after a
+    signal.
+    """
     reported = study.get_trials(deepcopy=False)[trial.number].intermediate_values
     checked = set(sorted(reported)[:-1])  # the sweep may have died before it could prune at the last reported step
     sign = -1 if sweep.directions[0] == "maximize" else 1  # the pruner compares in the study's direction
@@ -826,7 +844,7 @@ def train(sweep, study, trial, folder):
 
 
 def score_trial(sweep, folder):
-    """Runs evaluate.py on the LoRA of a trial. Raises what `watch` raises."""
+    """Runs evaluate.py on a trial's LoRA. Raises TrialFailed if it fails, and KeyboardInterrupt after a signal."""
     flags = dict(sweep.evaluation)
     flags["output_dir"] = str(folder / "evaluation")
     flags["images_dir"] = str(sweep.folder / "images")
@@ -839,7 +857,10 @@ def score_trial(sweep, folder):
 
 
 def read_values(sweep, trial, path):
-    """Returns the value of each objective, from metrics.json. Stores all its metrics in the trial."""
+    """Returns the values of the objectives from the metrics.json at `path`. Stores the LoRA's metrics in the trial.
+
+    Raises TrialFailed if an objective is missing from the file.
+    """
     models = json.loads(path.read_text())["models"]
     entry = list(models.values())[-1]  # the first is the base model
     trial.set_user_attr("metrics", {name: entry[name] for name in evaluate.METRICS if name in entry})
@@ -850,7 +871,7 @@ def read_values(sweep, trial, path):
 
 
 def run_trial(sweep, study, trial, folder):
-    """Runs or continues a trial. Returns its state, values and reason. Raises KeyboardInterrupt after a signal."""
+    """Runs or continues a trial. Returns (state, values, reason). Raises KeyboardInterrupt after a signal."""
     metrics_file = folder / "evaluation/metrics.json"
     try:
         if not metrics_file.exists():  # it exists when the sweep died before it could record the result
@@ -876,7 +897,7 @@ def tell(study, trial, folder, state, values, reason):
 
 
 def ranked(study):
-    """Returns the finished trials, best first. With several objectives, the Pareto front comes first."""
+    """Returns the completed trials, best first. With two objectives, the trials on the Pareto front come first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(study.directions) == 1:
         sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
@@ -886,7 +907,7 @@ def ranked(study):
 
 
 def remove_big_files(study, sweep):
-    """Deletes weights and images of all but the best --keep_trials trials. The caller must hold the lock."""
+    """Deletes weights and images of ended trials, except the best --keep_trials. The caller must hold the lock."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     busy = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     kept = [trial_folder(sweep, t) for t in [*ranked(study)[: sweep.args.keep_trials], *busy]]
@@ -908,13 +929,13 @@ def remove_big_files(study, sweep):
 
 
 def decode_params(sweep, params):
-    """Turns the values that Optuna stores into {flag: value} for the trainer."""
+    """Returns {flag: value} for the trainer from the params of a trial, in which some values are JSON."""
     encoded = {parameter.flag for parameter in sweep.space if parameter.stored_as_json}
     return {name: json.loads(value) if name in encoded else value for name, value in params.items()}
 
 
 def validation_losses(trial):
-    """Returns {step: validation loss} of a trial. A study that maximizes stores them with a minus sign."""
+    """Returns {step: validation loss} of a trial. Undoes the minus sign that train() adds if the study maximizes."""
     return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
 
 
@@ -929,7 +950,7 @@ def format_params(params):
 
 
 def write_best_params(study, sweep):
-    """Writes best_params.yaml: all flags of the best trial, for `train_sdxl_lora.py --config`."""
+    """Writes best_params.yaml: the flags of the best trial for a full run with `train_sdxl_lora.py --config`."""
     best = ranked(study)[:1]
     if best:
         flags = {"seed": sweep.args.seed}
@@ -966,7 +987,7 @@ def write_trials_csv(study, sweep):
 
 
 def label_choices(axes):
-    """Shortens and slants the names of choices on an axis where they would overlap."""
+    """Cuts the names of choices on the x axis to 24 characters, and slants the names if they would overlap."""
     names = [label.get_text() for label in axes.get_xticklabels()]
     names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     slanted = max(map(len, names)) * len(names) > 40
@@ -975,7 +996,7 @@ def label_choices(axes):
 
 
 def restyle(axes):
-    """Gives a chart made by Optuna the style of the page, and makes small charts readable."""
+    """Gives a chart made by Optuna the colours of the page, and makes its text readable at a small size."""
     axes.set_title("", loc="center")
     axes.set_title("", loc="left")
     axes.set_facecolor("none")
@@ -1029,7 +1050,7 @@ def plot_validation_losses(study):
 
 
 def draw_charts(study, sweep):
-    """Draws all charts for which there are enough trials: {heading: [(caption, SVG)]}."""
+    """Returns {heading: [(caption, SVG), …]}, with all charts for which there are enough trials."""
     plots = optuna.visualization.matplotlib  # Optuna imports it at this first use
     trials = study.get_trials(deepcopy=False)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -1055,7 +1076,7 @@ def draw_charts(study, sweep):
 
 
 def read_grid(sweep, trial):
-    """Returns the first six rows of an evaluation's grid as a data URI, or None if there is no grid."""
+    """Returns the first six rows of a trial's grid.png as a data URI, or None if the trial has no grid.png."""
     path = trial_folder(sweep, trial) / "evaluation/grid.png"
     if not path.exists():
         return None
@@ -1164,7 +1185,7 @@ def log_result(study, sweep, trial, state, values, reason):
 
 
 def run_trials(sweep, argv):
-    """Runs trials until the study has all of them or a signal arrives. Returns the study."""
+    """Runs trials until no trial is left for this worker or a stop signal arrives. Returns the study."""
     with sweep.lock:
         study = open_study(sweep)
     study.pruner = make_pruner(sweep)
@@ -1190,7 +1211,7 @@ def run_trials(sweep, argv):
 
 
 def split_gpus(visible, workers, each):
-    """Divides the visible GPUs among the workers, as CUDA_VISIBLE_DEVICES of each, or None without GPUs."""
+    """Returns CUDA_VISIBLE_DEVICES for each worker, with `each` GPUs. Each is None if no GPU is visible."""
     gpus = [gpu for gpu in visible.split(",") if gpu]
     if not gpus:
         return [None] * workers
@@ -1198,7 +1219,7 @@ def split_gpus(visible, workers, each):
 
 
 def run_workers(sweep, argv):
-    """Runs --workers copies of this script, each with its share of the GPUs. Returns the worst exit status."""
+    """Runs --workers copies of this script, each with its share of the GPUs. Returns the highest exit status."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     own, words = split_words(argv)
     command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
@@ -1219,7 +1240,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Runs the sweep. Returns the exit status: 0 if complete or stopped by a scheduler, 130 after Ctrl-C."""
+    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, or else 0, or the highest one of the workers."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]

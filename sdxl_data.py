@@ -93,7 +93,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(configargparse.ArgParser):
-    """Exits with a one-line error, `prog: error: --flag: …`, without printing the usage."""
+    """Argument parser that reports an error in one line, `prog: error: --flag: …`, and exits with status 2."""
 
     def error(self, message):
         message = " ".join(message.split()).removeprefix("argument ")
@@ -110,7 +110,7 @@ class Parser(configargparse.ArgParser):
 
 
 def make_base_parser(usage, description):
-    """Returns the parser for all three scripts. Flags may come from a YAML file and cannot be abbreviated."""
+    """Returns a parser for a script to add its flags to. It reads YAML files and takes no abbreviated flags."""
     return Parser(
         usage=usage, description=description, config_file_parser_class=configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=118),
@@ -124,7 +124,7 @@ ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK, BUCKET 
 
 
 def hash64(*parts):
-    """Returns a uint64 hash of integers or arrays: chained splitmix64 (Steele et al., OOPSLA 2014)."""
+    """Returns a uint64 hash of integers, or of arrays per element: chained splitmix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         state = np.uint64(0x9E3779B97F4A7C15)
         for part in parts:
@@ -161,7 +161,7 @@ def write_file(path, *parts):
 
 
 def write_safetensors(path, tensors, metadata):
-    """Writes a safetensors file. Its header is sorted, so equal tensors give equal files."""
+    """Writes a safetensors file atomically. Sorts its header, so that equal contents give equal files."""
     import safetensors.torch
 
     raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
@@ -172,7 +172,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 def list_checkpoints(output_dir):
-    """Returns the checkpoints in `output_dir` as (step, folder), oldest first."""
+    """Returns a list of (step, folder), one for each checkpoint in `output_dir`, lowest step first."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(output_dir).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -193,7 +193,7 @@ def looks_like_path(name):
 
 
 def expand_pattern(pattern):
-    """Returns the paths and URLs that a pattern stands for, in order. Does not check that they exist."""
+    """Returns the shards that one pattern of --train_shards stands for. Does not check that the files exist."""
     if Path(pattern).is_dir():
         return sorted(map(str, Path(pattern).glob("*.tar")))
     if pattern.startswith("pipe:") and "{" not in pattern:
@@ -206,9 +206,9 @@ def expand_pattern(pattern):
 
 
 def expand_shards(patterns):
-    """Returns the paths and URLs that patterns stand for: .tar files, folders of them, buckets, braces, pipes.
+    """Returns the shards for a list of patterns: .tar files, folders, folders in a bucket, brace patterns or pipes.
 
-    Raises ValueError if a pattern matches nothing or names a local file that does not exist.
+    Raises ValueError if a pattern gives no shard, or gives a local file that does not exist.
     """
     shards = []
     for pattern in patterns:
@@ -246,7 +246,7 @@ def read_species_csv(path):
 
 
 def retry(action, path):
-    """Calls action() until it succeeds, and returns its value. Raises OSError after too many failures."""
+    """Returns action(), tried up to IO_ATTEMPTS times. Raises OSError if all fail, or if the file does not exist."""
     import aiohttp  # takes 0.2 s, and only remote shards need it
 
     for attempt in range(1, IO_ATTEMPTS + 1):
@@ -261,7 +261,7 @@ def retry(action, path):
 
 
 def copy_shard(path, stamp, cache_dir):
-    """Copies a URL, or the output of a pipe, to `cache_dir`, once per machine. Returns the path of the copy."""
+    """Copies a URL's file or a pipe's output to `cache_dir`, unless it is there. Returns the path of the copy."""
     folder = Path(cache_dir) / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{hash_text(f'{path} {stamp}'):016x}.tar"
@@ -289,10 +289,10 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """Reads a shard or an image file, from disk or a URL. If the server cannot send parts, the file is copied first.
+    """A shard, or a single image file, to read from. Pipes, and files on servers that send no parts, are copied first.
 
-    `stamp` changes when the file does: its size and time, or for a URL its size and ETag. A pipe's never changes.
-    Each process makes its own objects, because connections do not survive a fork.
+    `stamp` identifies the version of a file: its size and modification time, or its size and ETag for a URL. The stamp
+    of a pipe never changes. Each process must make its own Shard, because connections do not survive a fork.
     """
 
     def __init__(self, path, cache_dir):
@@ -326,7 +326,7 @@ class Shard:
         return f"{self.size} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
-        """Raises OSError if the shard is not the indexed one. Looks at remote shards only once a minute."""
+        """Raises OSError if the shard has changed since indexing. Checks a remote shard at most once a minute."""
         if is_remote(self.path) and time.monotonic() - self.checked < STAMP_SECONDS:
             return
         self.stamp = self.current_stamp()
@@ -341,13 +341,13 @@ class Shard:
         return data
 
     def read(self, offset, size):
-        """Returns `size` bytes from `offset`. Raises OSError if there are fewer or the network fails."""
+        """Returns `size` bytes, starting at `offset`. Raises OSError if the file is too short or cannot be read."""
         if is_remote(self.path):
             return retry(lambda: self.read_once(offset, size), self.path)
         return self.read_once(offset, size)
 
     def peek(self, offset, size):
-        """Like read(), but it fetches READ_AHEAD bytes at once and keeps them: most tar members are small."""
+        """Like read(), but reads READ_AHEAD bytes at once and keeps them, because most tar members are small."""
         start, block = self.block
         if not start <= offset <= offset + size <= start + len(block):
             block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
@@ -369,7 +369,7 @@ INDEX_SCHEMA = pa.schema({
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of a sample's parts: columns of a table, or fields of a shard's JSON files."""
+    """The columns of a table, or the fields of a shard's JSON files, that hold the parts of a sample."""
 
     image: str = "image"
     caption: str = "text"
@@ -378,10 +378,10 @@ class Fields:
 
 
 def iter_tar_members(shard, report):
-    """Yields name, offset, size and first bytes of each file in a tar. Verifies the checksums of the headers.
+    """Yields (name, offset, size, first bytes) of each file in a tar. Verifies the checksums of the tar headers.
 
-    At damage, it calls report(reason), yields None, and continues at the next valid header. It does not stop at zero
-    blocks: they may be the end of the archive, but also damage, or black pixels after a damaged header.
+    At a damaged place, calls report(reason), yields None and continues at the next valid header. Does not stop at zero
+    blocks: they may mark the end of the tar, but also be damage, or black pixels after a damaged header.
     """
     position = zero_blocks = 0
     long_name = None
@@ -424,9 +424,9 @@ def iter_tar_members(shard, report):
 
 
 def group_members(members):
-    """Yields the key and the files of each sample. The key is the path up to the first dot of the name.
+    """Yields (key, {extension: member}) for each sample. The key is the path up to the first dot of the file name.
 
-    A sample next to damage also has the extension "damage", because it may have lost one of its files.
+    A sample next to a damaged place gets an extra extension, "damage", because one of its files may be lost.
     """
     current = None
     sample = {}
@@ -453,7 +453,7 @@ def group_members(members):
 
 
 def read_labels(metadata, name):
-    """Returns a sample's labels in lower case, from a list or a text with commas. Else raises ValueError."""
+    """Returns a sample's labels in lower case. Raises ValueError if they are not a list or a text with commas."""
     labels = metadata.get(name) or []
     labels = labels.split(",") if isinstance(labels, str) else labels
     if not isinstance(labels, list):
@@ -463,13 +463,13 @@ def read_labels(metadata, name):
 
 
 def number_or_none(value):
-    """Returns `value` if it is a number that fits into a column, or else None."""
+    """Returns `value` if it is a number between -2³¹ and 2³¹. Returns None for anything else."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and abs(value) < 2**31 else None
 
 
 def oriented_size(image):
-    """Returns an image's height and width after EXIF rotation. Raises ValueError for decompression bombs."""
+    """Returns an image's (height, width) after EXIF rotation. Raises ValueError for a decompression bomb."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"decompression bomb: {width}x{height} px is too large")
@@ -480,9 +480,9 @@ def oriented_size(image):
 
 
 def measure_image(head, read_all=None):
-    """Returns an image's height and width from its first bytes, or from the whole file if they are too few.
+    """Returns an image's (height, width), from its first bytes, or from read_all() if those are not enough.
 
-    Raises ValueError if it is not an image or is a decompression bomb.
+    Raises ValueError if the image cannot be decoded or has more than MAX_IMAGE_PIXELS.
     """
     try:
         return oriented_size(Image.open(io.BytesIO(head)))
@@ -497,13 +497,13 @@ def measure_image(head, read_all=None):
 
 
 def read_member(shard, member):
-    """Returns all bytes of a file in a shard. `member` is its offset, its size and its first bytes."""
+    """Returns all bytes of a file in a shard. `member` is the file's (offset, size, first bytes)."""
     offset, size, head = member
     return head if len(head) == size else shard.read(offset, size)
 
 
 def index_sample(shard, key, members, fields):
-    """Returns the index row of a sample. Raises ValueError if the sample is damaged."""
+    """Returns a sample's row of the index. Raises ValueError if a part of the sample is missing, empty or damaged."""
     image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if image is None:
         raise ValueError("no image")
@@ -538,7 +538,7 @@ def index_sample(shard, key, members, fields):
 
 
 def index_shard(shard, fields):
-    """Returns the index rows of a shard, and a list of what is damaged in it and why."""
+    """Returns two lists: the index rows of the shard, and {"shard", "key", "reason"} for each damage found in it."""
     rows, damage = [], []
     seen = set()
 
@@ -558,7 +558,7 @@ def index_shard(shard, fields):
 
 
 def cached_index_shard(path, cache_dir, fields):
-    """Returns the index table of a shard. It is made once and kept on disk until the shard changes."""
+    """Returns a shard's index as a table. Reads the shard only if `cache_dir` has no table for its current stamp."""
     shard = Shard(path, cache_dir.parent)
     name = path if is_remote(path) else os.path.abspath(path)
     cache_key = f"{INDEX_VERSION} {name} {shard.stamp} {fields.labels} {fields.score}"
@@ -574,9 +574,9 @@ def cached_index_shard(path, cache_dir, fields):
 
 
 def load_table(flag, source, fields, config_name=None, cache_dir=None):
-    """Loads the table that --train_data_dir or --dataset_name means. Images are not decoded.
+    """Loads the table given by --train_data_dir or --dataset_name. Does not decode its images.
 
-    Raises InputError naming the flag if the table does not load or a column is missing.
+    Raises InputError naming the flag if the table does not load, lacks a column, or has no images in the image column.
     """
     import datasets
 
@@ -599,7 +599,7 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
 
 
 def index_table(table, source, is_folder, fields):
-    """Returns the index rows of a table, and a list of what is damaged in it and why."""
+    """Returns two lists: the index rows of the table, and {"shard", "key", "reason"} for each damaged row."""
     rows, damage = [], []
     for number, row in enumerate(table):
         image = row[fields.image] or {}
@@ -631,7 +631,7 @@ def index_table(table, source, is_folder, fields):
 
 @dataclass(frozen=True)
 class Index:
-    """All usable samples, one row each. The labels of row i are label_codes[label_starts[i]:label_starts[i + 1]]."""
+    """All usable samples, one row each. Row i has the labels label_codes[label_starts[i]:label_starts[i + 1]]."""
 
     table: pa.Table
     damage: list  # [{"shard", "key", "reason"}]
@@ -657,11 +657,11 @@ class Index:
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
     def scales(self, resolution):
-        """Returns target size divided by image size, for height and width, (N, 2) float64."""
+        """Returns the (height, width) that each image is cropped to, divided by the image's own, (N, 2) float64."""
         return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
 
     def label_weights(self, choice):
-        """Returns rows, label codes and weights: how much each row counts for each of its labels."""
+        """Returns arrays of rows, label codes and weights. With `choice` "first", only a row's first label counts."""
         counts = np.diff(self.label_starts)
         if choice == "first":
             rows = np.flatnonzero(counts)
@@ -676,19 +676,19 @@ class Index:
 
 
 def damage_kind(entry):
-    """Returns the kind of a damage: its reason without details of the sample."""
+    """Returns the kind of a damage entry: its reason up to the first colon, such as "bad tar header"."""
     return entry["reason"].partition(":")[0]
 
 
 def count_damaged(damage):
-    """Returns how many samples are damaged. Two faults of a sample count once, and so does a damaged shard."""
+    """Returns the number of damaged samples. A damaged shard in which no damaged sample is known counts as one."""
     named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
     cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
     return len(named) + len(cut_shards)
 
 
 def drop_duplicates(table, damage):
-    """Keeps the first row of each image_id. Removes the others and adds them to the list of damage."""
+    """Removes all but the first row with the same image_id. Adds the removed rows to the list of damaged samples."""
     ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
@@ -699,7 +699,7 @@ def drop_duplicates(table, damage):
 
 
 def make_index(table, damage, total=None, stamps=None, images=None, image_column="image"):
-    """Makes an Index of a table that has INDEX_SCHEMA's columns. If `total` is None, it is counted."""
+    """Returns an Index of a table with INDEX_SCHEMA's columns. If `total` is None, counts the rows and the damage."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
     names = sorted(set(labels.flatten().to_pylist()))
@@ -723,10 +723,10 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 
 # Seam: which samples are trained on. Contract: acceptance(step) has a number in [0, 1] per label and one for no label.
 class SpeciesMix:
-    """Class probabilities p = (1 - m) · uniform + m · share of the data. m changes with the optimizer step.
+    """Class probabilities p = (1 - m) · uniform + m · share of the data. The weight m depends on the optimizer step.
 
-    Samples of class s arrive with frequency a(s). Each is accepted with probability c · p(s) / a(s), where c is the
-    smallest a(s) / p(s). So accepted samples follow p exactly. Samples without a label are accepted at a fixed rate.
+    A share a(s) of the labelled samples has class s. A sample of class s is accepted with probability c · p(s) / a(s),
+    where c is the smallest a / p. So accepted samples follow p. Samples without a label are accepted at a fixed rate.
     """
 
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
@@ -745,7 +745,7 @@ class SpeciesMix:
         self.uniform = self.support / max(self.support.sum(), 1)
 
     def weight_of_data(self, step):
-        """Returns m at an optimizer step, counted from 0."""
+        """Returns the weight m at an optimizer step. The first step is 0."""
         progress = min(step / self.steps, 1.0) if self.steps else 1.0
         if self.schedule == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
@@ -757,7 +757,7 @@ class SpeciesMix:
         return (1 - m) * self.uniform + m * self.data
 
     def acceptance(self, step):
-        """Returns (K + 1,) acceptance probabilities: one per class, the last for samples without a label."""
+        """Returns acceptance probabilities, (K + 1,): one for each class, the last for samples without a label."""
         if not self.support.any():
             return np.ones(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -766,11 +766,11 @@ class SpeciesMix:
 
 
 class SamplePlan:
-    """Decides which rows make up each global batch. That depends only on the data, the mix, the seed and the step.
+    """Chooses the rows of each global batch. The choice depends only on the data, the mix, the seed and the step.
 
-    A batch comes from one bucket, chosen in proportion to its accepted samples. In each epoch, every image of a bucket
-    arrives once, in a hashed order, and a random draw of its own accepts or rejects it. Over all buckets together, the
-    classes follow the mix. The state is the step, the samples so far, and the epoch and position of each bucket.
+    All rows of a batch come from one bucket. A bucket's probability is its share of the accepted samples. An epoch of
+    a bucket goes through its rows once in random order. A random draw accepts or rejects each row. Over all buckets,
+    the classes follow the mix. The state is `step`, `samples`, and `cursors` with (epoch, position) of each bucket.
     """
 
     def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None, samples=None):
@@ -792,7 +792,7 @@ class SamplePlan:
         self.arrivals[:, -1] = np.bincount(unlabelled, minlength=bucket_count)
 
     def begin_epoch(self, bucket, epoch):
-        """Returns a bucket's rows in order of arrival, their labels (-1: none) and their acceptance draws."""
+        """Returns a bucket's rows in the order of the epoch, their labels (-1 for none) and draws in [0, 1)."""
         rows = self.members[bucket]
         rows = rows[np.argsort(hash64(ORDER, self.seed, epoch, self.index.id_hashes[rows]), kind="stable")]
         ids = self.index.id_hashes[rows]
@@ -806,7 +806,7 @@ class SamplePlan:
         return rows, labels, uniform(ACCEPT, self.seed, epoch, ids)
 
     def bucket_weights(self, step):
-        """Returns the probability that the step's batch comes from each bucket, (buckets,)."""
+        """Returns the probability of each bucket for the batch of this step, (buckets,)."""
         accepted = self.arrivals @ self.mix.acceptance(step)
         return accepted / accepted.sum()
 
@@ -876,10 +876,10 @@ class MicroBatches:
 
 
 def open_image(data, cover=None):
-    """Decodes an image to RGB, upright and on white. Also returns its full (height, width).
+    """Returns an image as RGB, rotated upright and with a white background, and its full (height, width).
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still covers `cover` (height, width): four times as fast
-    for 1024 px out of 2048 px. Raises ValueError if the image is damaged, cut short or a decompression bomb.
+    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result covers `cover`, (height, width). This is four times as
+    fast for 1024 px out of 2048 px. Raises ValueError if the image is damaged, cut short or a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -903,14 +903,14 @@ def open_image(data, cover=None):
 
 # Seam: buckets. Contract: (height, width) in multiples of BUCKET_STEP px; a row keeps its bucket for the whole run.
 def make_buckets(resolution):
-    """Returns the sizes (height, width) of the buckets: 1:4 to 4:1, at most resolution² px."""
+    """Returns the (height, width) of each bucket in px. Aspect ratios are 1:4 to 4:1, areas at most resolution² px."""
     shorts = range(-(-resolution // 2 // BUCKET_STEP) * BUCKET_STEP, resolution + 1, BUCKET_STEP)
     tall = {(resolution**2 // short // BUCKET_STEP * BUCKET_STEP, short) for short in shorts if short}
     return sorted(tall | {(short, long) for long, short in tall})
 
 
 def nearest_buckets(sizes, buckets):
-    """Returns for each image the index of the bucket with the nearest aspect ratio. `sizes` is (N, 2)."""
+    """Returns the index of the bucket nearest in aspect ratio, for each (height, width) in `sizes` (N, 2)."""
     ratios = np.log([height / width for height, width in buckets])
     own_ratios = np.log(sizes[:, 0] / sizes[:, 1])
     return np.abs(own_ratios[:, None] - ratios).argmin(axis=1)
@@ -924,7 +924,7 @@ def assign_buckets(index, resolution):
 
 # Seam: crops. Contract: (top, left) of a window inside the image. ImageDataset.crop_window calls the one of --crop.
 def random_ar_crop(height, width, resolution, u):
-    """Returns (top, left) of a square near the middle. In an image longer than 2:1: in the middle or at the start."""
+    """Returns (top, left) of a square crop near the middle, or for images above 2:1, in the middle or at the start."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -938,12 +938,12 @@ def random_ar_crop(height, width, resolution, u):
 
 
 def center_crop(height, width, bucket):
-    """Returns (top, left) of the window in the middle."""
+    """Returns (top, left) of a crop with the size `bucket` in the middle of the image."""
     return int(round((height - bucket[0]) / 2)), int(round((width - bucket[1]) / 2))
 
 
 def scale_aesthetic(value, scale):
-    """Returns the aesthetic score, 1 to 10, for a field's value. None gives the default score."""
+    """Returns the aesthetic score: value / scale, limited to 1 to 10, or AESTHETIC_SCORE if `value` is None."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
@@ -964,7 +964,7 @@ class ImageDataset:
         return self.bucket_sizes[self.index.buckets[i]]
 
     def read(self, row):
-        """Returns the bytes of an image. Raises OSError if its shard has changed or the network fails."""
+        """Returns the bytes of a row's image file. Raises OSError if its shard has changed or cannot be read."""
         if row["path"] == IN_TABLE:
             return self.index.images[row["offset"]][self.index.image_column]["bytes"]
         place = (os.getpid(), row["path"])
@@ -978,7 +978,7 @@ class ImageDataset:
         return shard.read(row["offset"], row["size"])
 
     def open(self, row, bucket):
-        """Returns the image and its original (height, width). Raises ValueError if it is damaged."""
+        """Returns a row's image and its original (height, width). Raises ValueError if the image is damaged."""
         image, original_size = open_image(self.read(row), bucket)
         if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
             raise ValueError("EXIF behind the pixels turns the image: wrong bucket")
@@ -988,7 +988,7 @@ class ImageDataset:
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
 
     def crop_window(self, row, bucket, step, flipped):
-        """Returns what the network sees: pixels (3, H, W) uint8 and sizes. Raises the errors of open()."""
+        """Returns a dict with the crop's pixels, (3, H, W) uint8, and SDXL's sizes. Raises the errors of open()."""
         import torch
 
         image, original_size = self.open(row, bucket)
@@ -1007,11 +1007,11 @@ class ImageDataset:
         return {"pixels": pixels, **sizes}
 
     def load(self, row, bucket, step):
-        """Returns the crop of a row. The step decides where it is and whether it is mirrored."""
+        """Returns the crop of a row. Where the crop is and whether it is mirrored depend on the step."""
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):
-        """Returns the crop of a row, and the mirrored one if random_flip is on; or, if damaged, the reason."""
+        """Returns [crop] of rows[0], or [crop, mirrored crop] with random_flip. Returns a reason if it is damaged."""
         bucket = self.bucket_size(rows[0])
         try:
             return [self.crop_window(self.index.row(rows[0]), bucket, 0, flip) for flip in range(1 + self.random_flip)]
@@ -1019,7 +1019,7 @@ class ImageDataset:
             return str(error)
 
     def replacement(self, i, label, tried, same_bucket=False):
-        """Chooses a row to replace damaged row i, of the same class and bucket if possible."""
+        """Returns a row to use instead of damaged row i. It has the same class and bucket if possible."""
         in_bucket = self.index.buckets == self.index.buckets[i]
         of_class = np.zeros(len(self.index), dtype=bool)
         if label >= 0:
@@ -1034,7 +1034,7 @@ class ImageDataset:
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
     def first_intact(self, i, label, load, same_bucket=False):
-        """Loads row i, or another row if row i is damaged. Returns that row, its data, the damage found."""
+        """Loads row i, or a replacement if row i is damaged. Returns the row used, its data and the damage found."""
         tried, damage = [i], []
         while len(tried) <= MAX_DAMAGED_IN_A_ROW:
             row = self.index.row(tried[-1])
@@ -1047,7 +1047,7 @@ class ImageDataset:
         raise ValueError(f"{shard}: {MAX_DAMAGED_IN_A_ROW} damaged images in a row, first {key}")
 
     def make_item(self, request, load, same_bucket=False):
-        """Returns the sample for a request. load(row, bucket, step) makes its pixels or its encodings."""
+        """Returns the sample for a request. load(row, bucket, step) returns its pixels or its encodings."""
         i, label, step, position = request
         bucket = self.bucket_size(i)
         row, loaded, damage = self.first_intact(i, label, lambda row: load(row, bucket, step), same_bucket)
@@ -1067,13 +1067,13 @@ class ImageDataset:
         return self.make_item(request, self.load)
 
     def __getitems__(self, requests):
-        """Returns the samples of a batch. Remote shards are read in parallel."""
+        """Returns the samples for a list of requests. Loads them in parallel if any shard is remote."""
         with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, self.index.stamps)) else 1) as pool:
             return list(pool.map(self.__getitem__, requests))
 
 
 class EncodedDataset:
-    """Wraps an ImageDataset and reads cached latents, cached text embeddings, or both."""
+    """Dataset like `images`, but reads the latents, the text embeddings or both from an EncodingCache."""
 
     def __init__(self, images, latents=None, embeddings=None):
         self.images = images
@@ -1098,7 +1098,7 @@ class EncodedDataset:
 
 
 def collate(samples):
-    """Joins samples into a batch: pixels (B, 3, H, W) uint8, sizes and scores float32; other fields are lists."""
+    """Joins samples into a batch. Stacks tensors, e.g. pixels (B, 3, H, W) uint8. Sizes and scores become float32."""
     import torch
 
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
@@ -1110,14 +1110,14 @@ def collate(samples):
 
 
 def ignore_signals(_worker):
-    """Makes a loader process ignore stop signals, because the trainer needs it to finish the step."""
+    """Makes a DataLoader worker ignore stop signals, because the trainer needs the worker to finish the step."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(dataset, batch_sampler, workers, pin_memory):
-    """Returns a DataLoader in which `workers` processes decode the batches in advance."""
+    """Returns a DataLoader. `workers` processes load batches in advance. With 0, this process loads them itself."""
     from torch.utils.data import DataLoader
 
     return DataLoader(
@@ -1137,10 +1137,10 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
 
 
 class EncodingCache:
-    """Keeps encoded samples on disk, CACHE_ROWS to a file.
+    """Cache of encoded samples on disk, in files of up to CACHE_ROWS samples.
 
-    A file's name is a hash of all that its tensors depend on: `settings`, and the `cache_keys` of its rows, which
-    begin with the image id. So files made from other images, flags or encoders are never read.
+    The name of a file is a hash of all that its tensors depend on: `settings` and the `cache_keys` of its rows. Files
+    made from other images, flags or encoders are therefore never read. Each cache key begins with the image id.
     """
 
     def __init__(self, folder, flag, settings, cache_keys, groups):
@@ -1156,7 +1156,7 @@ class EncodingCache:
                 self.paths |= {cache_keys[i][0]: path for i in rows}
 
     def open(self, path):
-        """Opens a cache file and its notes. Raises OSError if it is damaged or not what its name says."""
+        """Returns an open cache file and its {image id: notes}. Raises OSError if the file is damaged or renamed."""
         place = (os.getpid(), path)
         if place not in self.files:
             if len(self.files) >= MAX_OPEN_CACHES:
@@ -1172,7 +1172,7 @@ class EncodingCache:
         return self.files[place]
 
     def write(self, path, samples):
-        """Writes a cache file. `samples` maps an image id to one dict per flip, or to a reason for damage."""
+        """Writes a cache file. `samples` maps each image id to a list with a dict per flip, or to a damage reason."""
         import torch
 
         tensors, notes = {}, {}
@@ -1190,7 +1190,7 @@ class EncodingCache:
         write_safetensors(path, tensors, {"name": path.name, "samples": json.dumps(notes)})
 
     def read(self, image_id, variant=0):
-        """Returns the tensors and numbers of a sample. Raises ValueError if the image is damaged."""
+        """Returns a sample's {name: tensor or number}. Raises ValueError if the image is damaged."""
         file, notes = self.open(self.paths[image_id])
         if isinstance(notes[image_id], str):
             raise ValueError(notes[image_id])
@@ -1204,7 +1204,7 @@ class EncodingCache:
 
 
 def describe_data(dataset, plan, steps, caption_tokens):
-    """Returns what preview.json says about the data that a run of `steps` steps will see."""
+    """Returns the statistics for preview.json: the dataset, and how a run of `steps` steps will sample it."""
     index = dataset.index
     last = max(steps - 1, 0)
     scales = index.scales(dataset.resolution)
@@ -1234,7 +1234,7 @@ def describe_data(dataset, plan, steps, caption_tokens):
 
 @cache
 def label_fonts():
-    """Returns the fonts for text in images, DejaVu Sans and a Japanese one if found, and their characters."""
+    """Returns the fonts for figures, DejaVu Sans and a Japanese font if installed, and the characters they have."""
     from matplotlib import font_manager, ft2font
 
     installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
@@ -1243,7 +1243,7 @@ def label_fonts():
 
 
 def make_label(text, length):
-    """Returns the text on one line, cut to `length`. Characters without a glyph are named: ピカ → "[pi][ka]"."""
+    """Returns the text as one line of at most `length`. Names characters without a glyph: ピカ → "[pi][ka]"."""
     words = [c if ord(c) in label_fonts()[1] else f"[{unicodedata.name(c, '?').split(' ')[-1].lower()}]" for c in text]
     text = " ".join("".join(words).replace("$", "\\$").split())  # a $ would begin a formula
     return text if len(text) <= length else text[: length - 1] + "…"
@@ -1279,7 +1279,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
 
 
 def draw_species(species, most=60):
-    """Returns a matplotlib Figure of the class probabilities, or of the commonest and rarest if there are many."""
+    """Returns a matplotlib Figure of class probabilities. Shows only the commonest and rarest if there are many."""
     from matplotlib.figure import Figure
 
     names = sorted(species, key=lambda name: -species[name]["data"])
