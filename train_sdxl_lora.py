@@ -475,7 +475,7 @@ def check_output_paths(parser, args):
 
 
 def parse_args(argv=None):
-    """Returns the flags with all defaults filled in. Exits if a flag is wrong. No later code changes the flags."""
+    """Returns the flags with all defaults filled in. Exits if a flag is wrong. They are not modified after this."""
     parser = make_parser()
     args = parser.parse_args(argv)
     set_defaults(args)
@@ -853,7 +853,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`; for "auto", the mode that recomputes least and fits in 80 % of free GPU memory, else "full"."""
+    """Returns `mode`. For "auto", returns the mildest mode that fits in 80 % of the free GPU memory, or "full"."""
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -1340,7 +1340,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """Returns a function from step to a factor on the peak learning rate. It does not depend on the number of GPUs."""
+    """Returns a function that maps a step to a multiplier of the peak learning rate, on any number of GPUs."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1509,8 +1509,8 @@ def save_lora(trained, folder, stage):
 def checkpoint_files(run):
     """Copies all state that a resume needs. Returns a dict from file name to a function that writes the file.
 
-    Training continues while they write. Accelerate's save_state would block it; optimizer.bin and scaler.pt match its
-    format. Ranks have no state of their own: their weights are equal, and random draws depend only on seed and step.
+    Training can continue while these functions run. Accelerate's save_state, whose format optimizer.bin and scaler.pt
+    have, would stop training. All ranks have equal weights, and random draws depend only on the seed and the step.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -2422,8 +2422,8 @@ def touch_preempt_file():
 class SignalListener:
     """Thread that records SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
 
-    After a signal, it ends the process at a second Ctrl-C, after STOP_SECONDS without progress, or at once if a single
-    process has no step to save. If the launcher ends, that counts as SIGTERM.
+    Once a signal has arrived, a second Ctrl-C ends the process, and so do STOP_SECONDS without progress. A run of one
+    process ends at once if it has no step to save. If the launcher ends, that counts as SIGTERM.
     """
 
     def __init__(self, launcher_pid):
