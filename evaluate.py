@@ -57,7 +57,7 @@ logger = logging.getLogger("evaluate")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to evaluate. CLIP compares the images of the prompt with `clip_prompt`. `species` may be None."""
+    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. `species` is their class, or None."""
 
     id: str
     prompt: str

@@ -988,7 +988,7 @@ class ImageDataset:
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
 
     def crop_window(self, row, bucket, step, flipped):
-        """Returns a dict with the crop's pixels, (3, H, W) uint8, and SDXL's sizes. Raises the errors of open()."""
+        """Returns the crop's pixels (3, H, W) uint8, its offset, original and target size. Raises as self.open()."""
         import torch
 
         image, original_size = self.open(row, bucket)

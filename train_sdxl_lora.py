@@ -1120,9 +1120,9 @@ def sample_latents(vae, moments, vae_noise):
 
 
 def fill_cache(accelerator, cache, encode, title):
-    """Writes the missing files of a cache. The ranks share them. Then each rank writes what its own disk still lacks.
+    """Writes the missing files of a cache. They are divided among ranks; without a shared disk, each writes the rest.
 
-    encode() yields one file's samples at a time. Raises InputError for a damaged file, Preempted after a stop signal.
+    Each item of encode() is all samples of a file. Raises InputError for a damaged file, Preempted after a stop.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
