@@ -710,10 +710,10 @@ def embed_shards(state, args, shards):
 
 
 def find_nearest(vectors, reference, itself=False):
-    """Finds the nearest image in `reference` for each of n images. Returns similarities and indices, (n,) each.
+    """For each of n images in `vectors`, finds the nearest of `reference`. Returns similarities, indices, (n,) each.
 
     `vectors` and `reference` are (images, views, F). The similarity of two images is that of their most similar views.
-    Set `itself` if both hold the same images: then an image is not compared with itself.
+    If `itself` is true, both hold the same images, and an image is never its own nearest image.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []

@@ -205,7 +205,7 @@ SEARCH_SPACES = {
 class Parameter:
     """A flag to search, with a range of numbers (integers if `whole`) or a list of choices.
 
-    A trial searches the flag only if the trial's other flags have the values in `when`.
+    A trial has the flag only if the flags named in `when` have the values given there.
     """
 
     flag: str
