@@ -57,7 +57,7 @@ logger = logging.getLogger("evaluate")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. `species` is their class, or None."""
+    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. They should show `species`, if it is set."""
 
     id: str
     prompt: str
@@ -135,7 +135,7 @@ def read_prompts(path=None):
 
 @dataclass(frozen=True)
 class Model:
-    """The base model, alone or with LoRAs, to evaluate. `step` is None unless the LoRA is a checkpoint of a run."""
+    """What is evaluated: the base model, alone or with LoRAs. `step` is set if the LoRA is a checkpoint of a run."""
 
     name: str
     lora: Path | None = None
@@ -242,7 +242,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """Parses and checks the flags. Exits with an error if a flag is wrong. The result is never changed later."""
+    """Returns the flags, checked. Exits with a one-line error if one is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("resolution", "num_inference_steps", "batch_size"):
@@ -307,7 +307,7 @@ import train_sdxl_lora as trainer
 
 @dataclass(frozen=True)
 class Job:
-    """An image to generate and score, and the file it is saved in."""
+    """An image to generate and score, and the path of its file."""
 
     model: Model
     prompt: Prompt
@@ -358,7 +358,7 @@ def list_jobs(args, models, prompts):
 
 
 def noise_seed(prompt, seed):
-    """Returns the seed for an image's noise. The result depends only on the prompt's id and on `seed`."""
+    """Returns the seed of an image's noise. It depends only on the prompt's id and on `seed`, not on the model."""
     return sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)
 
 
@@ -550,7 +550,7 @@ def load_aesthetic_head(path, width):
     """Loads LAION's aesthetic head. Returns a function from unit vectors (n, width) to scores (n,) of about 1 to 10.
 
     The head is linear, or an MLP without activations (github.com/christophschuhmann/improved-aesthetic-predictor).
-    Raises InputError if the file does not load or its layers do not map `width` numbers to one.
+    Raises InputError if the file does not load or its layers do not map `width` inputs to one output.
     """
     layers = load_head_layers(path)
     widths = [width, *(len(bias) for _, bias in layers)]
@@ -591,11 +591,10 @@ def embed_files(state, clip_name, flag, paths):
 
 # Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
 def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
-    """Returns {"adherence", "aesthetic", "score"}, (n,) each, for images with the CLIP embeddings (n, D).
+    """Returns a dict of arrays (n,): "adherence", "aesthetic" and "score". `embeddings` are the images', (n, D).
 
-    Adherence is the cosine similarity of an image and its clip_prompt. `aesthetic`, (n,), is from the aesthetic head.
-    The score is weights[0] · adherence + weights[1] · aesthetic / 10. If `aesthetic` is None, the score is the
-    adherence, and "aesthetic" is left out.
+    Adherence is the cosine similarity of an image and its clip_prompt. `aesthetic` is the head's score, (n,).
+    The score is weights[0] · adherence + weights[1] · aesthetic / 10, or just the adherence without `aesthetic`.
     """
     texts = list(dict.fromkeys(prompt.clip_prompt for prompt in prompts))
     of_text = dict(zip(texts, clip.embed_texts(texts)))
@@ -625,8 +624,8 @@ def diversity_of(embeddings):
 def make_thumbnails(image):
     """Returns thumbnails of the start, middle and end of an image's long side, as unit vectors (3, F).
 
-    The mean is subtracted, so the dot product of two thumbnails is their correlation. Correlation tells a copy from
-    another image of the same subject, which CLIP cannot do. It misses copies that are cropped differently.
+    Each has its own mean subtracted, so the dot product of two thumbnails is their correlation. Unlike CLIP, the
+    correlation distinguishes a copy from another image of the same subject. It misses differently cropped copies.
     """
     side = min(image.size)
     image = image.convert("RGB")
@@ -649,7 +648,7 @@ def mirror_thumbnails(thumbnails):
 
 @dataclass
 class Reference:
-    """The images of some shards, training or held-out. A place is (path of the shard, offset, size)."""
+    """All images of some shards, training or held-out. `places` says where the file of each image is stored."""
 
     names: list
     places: list
@@ -658,7 +657,7 @@ class Reference:
 
 
 def embed_samples(samples, clip, quiet):
-    """Returns a list of (name, place, embedding, thumbnails), one for each image in `samples` that is not damaged."""
+    """Returns (name, place, embedding, thumbnails) of each image in `samples`, without the damaged ones."""
     found = []
     for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
         rows = []
@@ -686,7 +685,7 @@ def write_reference(path, found):
 
 
 def embed_shards(state, args, shards):
-    """Returns a Reference of all usable images in `shards`. Reads it from --output_dir if it was saved there before.
+    """Returns a Reference of all usable images in `shards`. Reads it from --output_dir if an earlier run saved it.
 
     The processes share the work. Raises InputError if no image is usable.
     """
@@ -710,10 +709,10 @@ def embed_shards(state, args, shards):
 
 
 def find_nearest(vectors, reference, itself=False):
-    """For each of n images in `vectors`, finds the nearest of `reference`. Returns similarities, indices, (n,) each.
+    """Finds the most similar image of `reference` for n images. Returns similarities and indices, (n,) each.
 
-    `vectors` and `reference` are (images, views, F). The similarity of two images is that of their most similar views.
-    If `itself` is true, both hold the same images, and an image is never its own nearest image.
+    Both inputs are (images, views, F). The similarity of two images is the highest one between any of their views.
+    With `itself`, both inputs are the same images, and no image is compared with itself.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []
@@ -732,7 +731,7 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
     """Compares n images with all images in `reference`. Returns a dict of three arrays, (n,) each.
 
     "nearest_similarity" is the highest CLIP similarity. "copy_similarity" is the highest correlation of thumbnails,
-    also of mirrored ones. "nearest" is the index of the reference image with that correlation.
+    mirrored ones included. "nearest" is the index of the reference image with that correlation.
     """
     similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
     both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)
@@ -741,10 +740,9 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
 
 
 def describe_held_out(held_out, reference):
-    """Returns how similar held-out images are to training images.
+    """Returns how similar held-out images are to training images, and the limit above which an image is a copy.
 
-    If `held_out` is `reference`, compares the training images with each other. A generated image counts as a copy if
-    its "copy_similarity" is above "copy_limit".
+    If there are no held-out images, `held_out` is `reference`, and the training images are compared with each other.
     """
     middles = held_out.thumbnails[:, 1]
     found = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
@@ -771,14 +769,14 @@ def list_species(prompts):
 
 
 def add_species(rows, named):
-    """Adds to each row "named", the species by CLIP, and "right". Both are None if the prompt has no species."""
+    """Adds "named", the species that CLIP sees, and "right" to each row. Both are None without a species."""
     for row, name in zip(rows, named):
         row["named"] = name if row["species"] else None
         row["right"] = name == row["species"] if row["species"] else None
 
 
 def add_copies(rows, found, reference, limit):
-    """Adds the similarities to training images to each row. "copy" is True if "copy_similarity" is above `limit`."""
+    """Adds each image's similarities to training images to its row. A "copy" has a "copy_similarity" above `limit`."""
     is_copy = found["copy_similarity"] > limit
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])
@@ -788,7 +786,7 @@ def add_copies(rows, found, reference, limit):
 
 
 def score_all(args, state, models, prompts, jobs):
-    """Scores the images of all jobs. Returns Scores in the main process and None in the other processes."""
+    """Scores the images of all jobs. Returns Scores in the main process, None in the others."""
     paths = [job.path for job in jobs]
     embeddings = embed_files(state, args.clip_model, "--clip_model", paths)
     aesthetic = None
@@ -829,7 +827,10 @@ def score_all(args, state, models, prompts, jobs):
 
 
 def bootstrap(values, groups):
-    """Returns the mean of `values` and its 95 % bootstrap interval. Resamples prompts, each with all its images."""
+    """Returns the mean of `values` and its 95 % bootstrap interval.
+
+    Resamples whole prompts, keeping all images of a prompt together.
+    """
     values = np.asarray(values, dtype=np.float64)
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(codes, weights=values)
@@ -852,7 +853,7 @@ METRICS = {
 
 
 def summarise(models, rows):
-    """Returns {model name: {metric: mean and interval}}. "vs_base" holds the differences from the base model."""
+    """Returns {model name: {metric: mean and interval}}. "vs_base" has the differences from the base model."""
     of_base = {(row["prompt_id"], row["seed"]): row for row in rows if row["model"] == models[0].name}
     summary = {}
     for model in models:
@@ -874,7 +875,7 @@ def summarise(models, rows):
 
 
 def add_diversity(summary, prompts, embeddings):
-    """Adds each model's "diversity", the mean distance between images of a prompt. Needs at least two seeds."""
+    """Adds "diversity" to each model: the mean distance between images of a prompt. Needs two or more seeds."""
     ids = [prompt.id for prompt in prompts]
     values = [[diversity_of(images) for images in of_model] for of_model in embeddings]
     if any(map(math.isnan, values[0])):  # there is one seed only
@@ -981,7 +982,7 @@ SVG_COLOURS = {"#000000": "currentColor", "#ffffff": "Canvas", "#1f77b4": "var(-
 
 
 def render_page(body, title, **values):
-    """Returns an HTML page. `body` is a Jinja2 template that may use `title` and the names in `values`.
+    """Returns an HTML page. `body` is a Jinja2 template that uses `title` and `values`.
 
     Escapes values that are not Markup. Raises jinja2.UndefinedError if the template uses a name without a value.
     """
@@ -1018,7 +1019,7 @@ def figure_svg(figure, label):
 
 
 def data_uri(image, side=None):
-    """Returns an image as a data URI. If `side` is given, scales the image down to at most `side` px."""
+    """Returns an image as a data URI, scaled down to at most `side` px if that is given."""
     image = image.convert("RGB")
     if side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -1108,7 +1109,7 @@ Their CLIP similarity is {{ "%.3f" % held_out.nearest_similarity }}.</p>
 
 
 def format_interval(interval, metric, signed=False):
-    """Returns a mean and its interval as Markup. `right` and `copy` are shown in percent."""
+    """Returns a mean and its interval as Markup. The metrics `right` and `copy` are shown in percent."""
     is_share = metric in ("right", "copy")
     scale = 100 if is_share else 1
     unit = " %" if is_share else ""

@@ -152,7 +152,7 @@ def parse_own_flags(argv):
 
 
 class Stop:
-    """The stop signal that this process has received. bool(stop) is True once a signal has arrived."""
+    """Records a stop signal that this process receives. bool(stop) is False until one arrives."""
 
     def __init__(self):
         self.number = None
@@ -203,9 +203,9 @@ SEARCH_SPACES = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A flag to search, with a range of numbers (integers if `whole`) or a list of choices.
+    """A flag to search, over a range of numbers (integers if `whole`) or over a list of choices.
 
-    A trial has the flag only if the flags named in `when` have the values given there.
+    `when` names other flags and values. Only trials with those values have the flag.
     """
 
     flag: str
@@ -217,7 +217,7 @@ class Parameter:
     when: tuple = ()  # ((flag, value), …)
 
     def describe(self):
-        """Returns the fields that are set, for the study's signature."""
+        """Returns the fields that are set, which become part of the study's signature."""
         fields = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         fields["when"] = list(self.when)
         return fields
@@ -227,7 +227,7 @@ class Parameter:
 
     @property
     def stored_as_json(self):
-        """True if choices are stored as JSON, because some are not numbers, strings or booleans."""
+        """True if the study stores choices as JSON, because some are not numbers, strings or booleans."""
         return not all(isinstance(choice, (bool, int, float, str)) for choice in self.choices)
 
     def suggest(self, trial):
@@ -240,7 +240,7 @@ class Parameter:
         return trial.suggest_float(self.flag, self.low, self.high, log=self.log)
 
     def corners(self):
-        """Returns the values that parse_args tries on the trainer: all choices, or both ends of the range."""
+        """Returns all choices, or both ends of the range. parse_args tries these values on the trainer."""
         if self.choices:
             return list(self.choices)
         if self.whole:
@@ -274,9 +274,9 @@ def read_parameter(flag, row, whole):
 
 
 def make_search_space(path, given, trainer_args):
-    """Returns the Parameters to search, from the file `path` or by default for the stage.
+    """Returns the Parameters to search: those in the file `path` or, without a file, the defaults for the stage.
 
-    Leaves out default Parameters that are given after `--`, and all Parameters whose `when` can never hold. Raises
+    Leaves out defaults whose flag is given after `--`, and all Parameters whose `when` can never hold. Raises
     InputError naming the file and the flag if a row is wrong.
     """
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
@@ -308,9 +308,9 @@ def make_search_space(path, given, trainer_args):
 
 
 def corner_values(space):
-    """Yields {flag: value} for each corner of each Parameter. All other Parameters have their first corner.
+    """Yields {flag: value} with each end or choice of each Parameter in turn, and the first one of all others.
 
-    Flags in the `when` of the Parameter have the values given there.
+    Flags named in the Parameter's `when` have the values given there.
     """
     first = {p.flag: p.corners()[0] for p in space}
     for parameter in space:
@@ -322,7 +322,10 @@ def corner_values(space):
 
 
 def suggest_flags(trial, sweep):
-    """Returns {flag: value} for a trial: the values that the sampler proposes for the Parameters that apply."""
+    """Returns the {flag: value} that the sampler proposes for a trial.
+
+    Leaves out Parameters whose `when` does not hold.
+    """
     fixed = vars(sweep.trainer_args)
     values = {}
     for parameter in sweep.space:
@@ -338,7 +341,7 @@ def suggest_flags(trial, sweep):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parsed command line: the sweep's own flags, the flags of the trainer and evaluate.py, the search space."""
+    """A parsed command line: the sweep's own flags, those for the trainer and evaluate.py, and the search space."""
 
     args: object
     trainer_flags: dict  # the flags given after --, with absolute paths
@@ -382,7 +385,7 @@ class Sweep:
 
 
 def make_absolute(value):
-    """Makes the path of an existing file or folder absolute. Returns any other value unchanged."""
+    """Returns the absolute path if `value` is an existing file or folder, or else `value`."""
     if isinstance(value, list):
         return [make_absolute(item) for item in value]
     if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
@@ -391,7 +394,10 @@ def make_absolute(value):
 
 
 def given_flags(parser, words):
-    """Returns {flag: value} for flags in `words` or in a --config file, without defaults. Makes paths absolute."""
+    """Returns {flag: value} for the flags that are given in `words` or in a --config file, without defaults.
+
+    Makes the paths of existing files and folders absolute.
+    """
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
@@ -401,7 +407,7 @@ def given_flags(parser, words):
 
 
 def to_words(flags):
-    """Returns the arguments for {flag: value}. True gives --flag, False gives --no-flag, None gives nothing."""
+    """Returns {flag: value} as arguments: True is --flag, False is --no-flag, None is nothing."""
     words = []
     for name, value in flags.items():
         if value is True:
@@ -492,7 +498,7 @@ def parse_args(argv=None):
 
 
 def drop_torn_line(journal):
-    """Removes an incomplete last line from the journal. A crash can leave one, and Optuna cannot read it."""
+    """Removes an incomplete last line, left by a crash, from the journal. Optuna could not read it."""
     data = journal.read_bytes() if journal.exists() else b""
     if data and not data.endswith(b"\n"):
         os.truncate(journal, data.rfind(b"\n") + 1)
@@ -525,7 +531,7 @@ def open_study(sweep):
 
 
 def make_sampler(sweep, proposal):
-    """Returns a TPE sampler. Its seed depends only on --seed and `proposal`, not on restarts or workers."""
+    """Returns a TPE sampler whose seed depends only on --seed and the number `proposal`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
@@ -546,7 +552,7 @@ def make_pruner(sweep):
 
 
 def worker_id():
-    """Returns the host, pid and start time of this process. Pids are reused, so the pid alone is not enough."""
+    """Returns the host, pid and start time of this process. Another process may get the same pid later."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
@@ -622,7 +628,7 @@ def die_with_parent():
 def start_child(command, log, variables):
     """Starts a command in its own session, so that Ctrl-C reaches only the sweep. Returns the process.
 
-    Adds `variables` to the environment, and appends the output to the file `log`.
+    The command gets `variables` in its environment. Its output is appended to the file `log`.
     """
     environment = dict(os.environ)
     environment.pop("PREEMPT_FILE", None)  # only the sweep may ask the batch script to requeue
@@ -637,7 +643,7 @@ def start_child(command, log, variables):
 
 
 def end_processes(processes):
-    """Sends SIGTERM to the first process, which passes it on to the others. Kills any that run after STOP_SECONDS."""
+    """Sends SIGTERM to the first process, which passes it on to the others. After STOP_SECONDS, kills the rest."""
     with contextlib.suppress(psutil.NoSuchProcess):
         processes[0].terminate()
     _, left = psutil.wait_procs(processes, STOP_SECONDS)
@@ -656,7 +662,7 @@ def end_child(child):
 
 
 def end_leftovers(folder):
-    """Ends the trainers and evaluations on this machine that still work in the folder of a dead worker's trial."""
+    """Ends trainers and evaluations that a dead worker left running on this machine, in its trial's folder."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
         ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
@@ -692,7 +698,7 @@ def take_over_trial(study, sweep):
 
 
 def enqueue_second_attempts(study):
-    """Adds each trial that was killed to the study's queue again, up to MAX_ATTEMPTS attempts in all."""
+    """Queues each killed trial again in the study, until it has had MAX_ATTEMPTS attempts."""
     trials = study.get_trials(deepcopy=False)
     attempts = {(t.user_attrs.get("retry_of", t.number), t.user_attrs.get("attempt", 1)) for t in trials}
     for trial in trials:
@@ -704,7 +710,7 @@ def enqueue_second_attempts(study):
 
 
 def ask_trial(study, sweep):
-    """Returns a second attempt from the queue, or else a new trial. Returns None if the study has all its trials."""
+    """Returns a second attempt from the queue or a new trial, or None if the study has all its trials."""
     enqueue_second_attempts(study)
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     proposals = [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
@@ -732,7 +738,7 @@ def claim_trial(study, sweep):
 
 
 class TrialFailed(Exception):
-    """A trial has failed. The message is the reason. It begins with "killed" if a process was ended from outside."""
+    """A trial has failed; the message says why. It begins with "killed" if a process was killed from outside."""
 
 
 def validation_rows(folder):
@@ -772,7 +778,7 @@ def read_reason(log, code):
 
 
 def watch(child, folder, on_poll=lambda: None):
-    """Waits for a child process and calls on_poll() every POLL_SECONDS. Ends the child if on_poll() raises an error.
+    """Waits for a child process and calls on_poll() every POLL_SECONDS. If on_poll() raises an error, ends the child.
 
     Also touches the heartbeat file in `folder`. Raises TrialFailed if the child exits with an error, and
     KeyboardInterrupt if the sweep has received a stop signal.
@@ -801,7 +807,7 @@ def watch(child, folder, on_poll=lambda: None):
 
 
 def child_environment(sweep, **variables):
-    """Returns the environment variables to add for a child process: `variables` and those for every child."""
+    """Returns environment variables for a child process: `variables`, and those that every child gets."""
     variables["WANDB_RUN_GROUP"] = sweep.args.study_name
     variables["PYTHONWARNINGS"] = "ignore"
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -857,7 +863,7 @@ def score_trial(sweep, folder):
 
 
 def read_values(sweep, trial, path):
-    """Returns the values of the objectives from the metrics.json at `path`. Stores the LoRA's metrics in the trial.
+    """Returns the values of the objectives from the metrics.json at `path`. Stores all its metrics in the trial.
 
     Raises TrialFailed if an objective is missing from the file.
     """
@@ -897,7 +903,7 @@ def tell(study, trial, folder, state, values, reason):
 
 
 def ranked(study):
-    """Returns the completed trials, best first. With two objectives, the trials on the Pareto front come first."""
+    """Returns the completed trials, best first. With two objectives, those on the Pareto front come first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(study.directions) == 1:
         sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
@@ -929,13 +935,13 @@ def remove_big_files(study, sweep):
 
 
 def decode_params(sweep, params):
-    """Returns {flag: value} for the trainer from the params of a trial, in which some values are JSON."""
+    """Returns a trial's params as {flag: value} for the trainer. Decodes those that are stored as JSON."""
     encoded = {parameter.flag for parameter in sweep.space if parameter.stored_as_json}
     return {name: json.loads(value) if name in encoded else value for name, value in params.items()}
 
 
 def validation_losses(trial):
-    """Returns {step: validation loss} of a trial. Undoes the minus sign that train() adds if the study maximizes."""
+    """Returns {step: validation loss} of a trial. train() reports them negated if the study maximizes."""
     return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
 
 
@@ -950,7 +956,7 @@ def format_params(params):
 
 
 def write_best_params(study, sweep):
-    """Writes best_params.yaml: the flags of the best trial for a full run with `train_sdxl_lora.py --config`."""
+    """Writes best_params.yaml with the flags of the best trial, for `train_sdxl_lora.py --config`."""
     best = ranked(study)[:1]
     if best:
         flags = {"seed": sweep.args.seed}
@@ -961,7 +967,7 @@ def write_best_params(study, sweep):
 
 
 def table_row(sweep, trial):
-    """Returns {column: value} of a trial, for trials.csv and for the report."""
+    """Returns a trial as {column: value}, for trials.csv and the report."""
     names = sweep.metrics or ("val_loss",)
     params = decode_params(sweep, trial.params)
     losses = list(validation_losses(trial).values())
@@ -996,7 +1002,7 @@ def label_choices(axes):
 
 
 def restyle(axes):
-    """Gives a chart made by Optuna the colours of the page, and makes its text readable at a small size."""
+    """Gives one of Optuna's charts the colours of the page, and text that can be read at a small size."""
     axes.set_title("", loc="center")
     axes.set_title("", loc="left")
     axes.set_facecolor("none")
@@ -1020,7 +1026,7 @@ def restyle(axes):
 
 
 def draw_chart(study, plot, caption, **options):
-    """Calls plot(study, **options), which draws with pyplot. Returns the caption and the chart as inline SVG."""
+    """Calls plot(study, **options), which draws with pyplot. Returns the caption and the chart as SVG text."""
     from matplotlib import pyplot  # here, since an import at the top would delay every start
 
     pyplot.switch_backend("Agg")  # no window
@@ -1050,7 +1056,7 @@ def plot_validation_losses(study):
 
 
 def draw_charts(study, sweep):
-    """Returns {heading: [(caption, SVG), …]}, with all charts for which there are enough trials."""
+    """Returns {heading: [(caption, SVG), …]}. Leaves out charts for which there are too few trials."""
     plots = optuna.visualization.matplotlib  # Optuna imports it at this first use
     trials = study.get_trials(deepcopy=False)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -1185,7 +1191,7 @@ def log_result(study, sweep, trial, state, values, reason):
 
 
 def run_trials(sweep, argv):
-    """Runs trials until no trial is left for this worker or a stop signal arrives. Returns the study."""
+    """Runs trials until none is left for this worker or a stop signal arrives. Returns the study."""
     with sweep.lock:
         study = open_study(sweep)
     study.pruner = make_pruner(sweep)
@@ -1211,7 +1217,7 @@ def run_trials(sweep, argv):
 
 
 def split_gpus(visible, workers, each):
-    """Returns CUDA_VISIBLE_DEVICES for each worker, with `each` GPUs. Each is None if no GPU is visible."""
+    """Returns CUDA_VISIBLE_DEVICES for each worker, with `each` of the visible GPUs. Returns None without GPUs."""
     gpus = [gpu for gpu in visible.split(",") if gpu]
     if not gpus:
         return [None] * workers
@@ -1219,7 +1225,7 @@ def split_gpus(visible, workers, each):
 
 
 def run_workers(sweep, argv):
-    """Runs --workers copies of this script, each with its share of the GPUs. Returns the highest exit status."""
+    """Runs --workers copies of this script, each with its GPUs. Returns their highest exit status."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     own, words = split_words(argv)
     command = [sys.executable, SCRIPT, *own, "--workers", "1", "--", *words]
@@ -1240,7 +1246,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, or else 0, or the highest one of the workers."""
+    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, otherwise the highest one of its workers."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]

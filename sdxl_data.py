@@ -124,7 +124,7 @@ ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK, BUCKET 
 
 
 def hash64(*parts):
-    """Returns a uint64 hash of integers, or of arrays per element: chained splitmix64 (Steele et al., OOPSLA 2014)."""
+    """Returns a uint64 hash of integers, or of arrays, element by element: splitmix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         state = np.uint64(0x9E3779B97F4A7C15)
         for part in parts:
@@ -151,7 +151,7 @@ def hash_text(text):
 
 
 def write_file(path, *parts):
-    """Writes bytes atomically: when this returns, the file is complete and on the disk."""
+    """Writes bytes atomically: the file is never seen half-written, and is on the disk when this returns."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         file.writelines(parts)
@@ -161,7 +161,7 @@ def write_file(path, *parts):
 
 
 def write_safetensors(path, tensors, metadata):
-    """Writes a safetensors file atomically. Sorts its header, so that equal contents give equal files."""
+    """Writes a safetensors file atomically. The header is sorted, so equal tensors give equal files."""
     import safetensors.torch
 
     raw = safetensors.torch.save(tensors, {"format": "pt", **metadata})
@@ -188,12 +188,12 @@ def is_remote(path):
 
 
 def looks_like_path(name):
-    """Returns whether `name` is meant as a local folder, not as a hub id such as user/model."""
+    """Returns whether `name` must be a local folder. A name such as user/model can also be a hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def expand_pattern(pattern):
-    """Returns the shards that one pattern of --train_shards stands for. Does not check that the files exist."""
+    """Returns the shards that one pattern of --train_shards stands for. They need not exist."""
     if Path(pattern).is_dir():
         return sorted(map(str, Path(pattern).glob("*.tar")))
     if pattern.startswith("pipe:") and "{" not in pattern:
@@ -206,9 +206,9 @@ def expand_pattern(pattern):
 
 
 def expand_shards(patterns):
-    """Returns the shards for a list of patterns: .tar files, folders, folders in a bucket, brace patterns or pipes.
+    """Returns the shards of a list of patterns: .tar files, folders, brace patterns, folders in a bucket, pipes.
 
-    Raises ValueError if a pattern gives no shard, or gives a local file that does not exist.
+    Raises ValueError if a pattern gives no shard or names a local file that does not exist.
     """
     shards = []
     for pattern in patterns:
@@ -246,7 +246,7 @@ def read_species_csv(path):
 
 
 def retry(action, path):
-    """Returns action(), tried up to IO_ATTEMPTS times. Raises OSError if all fail, or if the file does not exist."""
+    """Returns action(), tried up to IO_ATTEMPTS times. Raises OSError if no try succeeds or the file is missing."""
     import aiohttp  # takes 0.2 s, and only remote shards need it
 
     for attempt in range(1, IO_ATTEMPTS + 1):
@@ -261,7 +261,7 @@ def retry(action, path):
 
 
 def copy_shard(path, stamp, cache_dir):
-    """Copies a URL's file or a pipe's output to `cache_dir`, unless it is there. Returns the path of the copy."""
+    """Copies a shard from a URL or a pipe to `cache_dir`, unless it is there. Returns the path of the copy."""
     folder = Path(cache_dir) / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{hash_text(f'{path} {stamp}'):016x}.tar"
@@ -289,10 +289,10 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """A shard, or a single image file, to read from. Pipes, and files on servers that send no parts, are copied first.
+    """A shard, or a single image file, to read from. Pipes, and files that a server sends only whole, are copied first.
 
-    `stamp` identifies the version of a file: its size and modification time, or its size and ETag for a URL. The stamp
-    of a pipe never changes. Each process must make its own Shard, because connections do not survive a fork.
+    `stamp` identifies the version of a file: its size and modification time, or its size and ETag for a URL. It never
+    changes for a pipe. Each process must make its own Shard, because connections do not survive a fork.
     """
 
     def __init__(self, path, cache_dir):
@@ -311,7 +311,7 @@ class Shard:
             self.size = self.filesystem.size(self.url)
 
     def allows_ranges(self):
-        """Returns whether the web server can send parts of a file."""
+        """Returns whether the web server answers range requests."""
         request = urllib.request.Request(self.path, headers={"Range": "bytes=0-0"})
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status == 206
@@ -326,7 +326,7 @@ class Shard:
         return f"{self.size} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
-        """Raises OSError if the shard has changed since indexing. Checks a remote shard at most once a minute."""
+        """Raises OSError if the shard has changed since indexing. Looks at a remote shard only once a minute."""
         if is_remote(self.path) and time.monotonic() - self.checked < STAMP_SECONDS:
             return
         self.stamp = self.current_stamp()
@@ -347,7 +347,7 @@ class Shard:
         return self.read_once(offset, size)
 
     def peek(self, offset, size):
-        """Like read(), but reads READ_AHEAD bytes at once and keeps them, because most tar members are small."""
+        """Like read(), but for many small reads in a row: reads READ_AHEAD bytes at once and keeps them."""
         start, block = self.block
         if not start <= offset <= offset + size <= start + len(block):
             block = self.read(offset, max(size, min(READ_AHEAD, self.size - offset)))
@@ -369,7 +369,7 @@ INDEX_SCHEMA = pa.schema({
 
 @dataclass(frozen=True)
 class Fields:
-    """The columns of a table, or the fields of a shard's JSON files, that hold the parts of a sample."""
+    """Where the parts of a sample are: names of a table's columns or of the fields in a shard's JSON files."""
 
     image: str = "image"
     caption: str = "text"
@@ -380,8 +380,8 @@ class Fields:
 def iter_tar_members(shard, report):
     """Yields (name, offset, size, first bytes) of each file in a tar. Verifies the checksums of the tar headers.
 
-    At a damaged place, calls report(reason), yields None and continues at the next valid header. Does not stop at zero
-    blocks: they may mark the end of the tar, but also be damage, or black pixels after a damaged header.
+    At a damaged place, calls report(reason), yields None and goes on at the next valid header. Does not stop at blocks
+    of zeros: they end a tar, but are also found in damaged tars and in black images.
     """
     position = zero_blocks = 0
     long_name = None
@@ -453,7 +453,7 @@ def group_members(members):
 
 
 def read_labels(metadata, name):
-    """Returns a sample's labels in lower case. Raises ValueError if they are not a list or a text with commas."""
+    """Returns a sample's labels in lower case. Raises ValueError if they are no list and no comma-separated string."""
     labels = metadata.get(name) or []
     labels = labels.split(",") if isinstance(labels, str) else labels
     if not isinstance(labels, list):
@@ -480,7 +480,7 @@ def oriented_size(image):
 
 
 def measure_image(head, read_all=None):
-    """Returns an image's (height, width), from its first bytes, or from read_all() if those are not enough.
+    """Returns an image's (height, width), from its first bytes or, if those are not enough, from read_all().
 
     Raises ValueError if the image cannot be decoded or has more than MAX_IMAGE_PIXELS.
     """
@@ -538,7 +538,7 @@ def index_sample(shard, key, members, fields):
 
 
 def index_shard(shard, fields):
-    """Returns two lists: the index rows of the shard, and {"shard", "key", "reason"} for each damage found in it."""
+    """Returns two lists: the shard's index rows, and a {"shard", "key", "reason"} for each damaged place or sample."""
     rows, damage = [], []
     seen = set()
 
@@ -574,9 +574,9 @@ def cached_index_shard(path, cache_dir, fields):
 
 
 def load_table(flag, source, fields, config_name=None, cache_dir=None):
-    """Loads the table given by --train_data_dir or --dataset_name. Does not decode its images.
+    """Loads the table that --train_data_dir or --dataset_name gives, without decoding its images.
 
-    Raises InputError naming the flag if the table does not load, lacks a column, or has no images in the image column.
+    Raises InputError naming the flag if the table does not load, lacks a column, or its image column has no images.
     """
     import datasets
 
@@ -599,7 +599,7 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
 
 
 def index_table(table, source, is_folder, fields):
-    """Returns two lists: the index rows of the table, and {"shard", "key", "reason"} for each damaged row."""
+    """Returns two lists: the table's index rows, and a {"shard", "key", "reason"} for each damaged row."""
     rows, damage = [], []
     for number, row in enumerate(table):
         image = row[fields.image] or {}
@@ -653,15 +653,15 @@ class Index:
         return {name: self.table.column(name)[int(i)].as_py() for name in self.table.column_names}
 
     def sizes(self):
-        """Returns the height and width of every file in px, (N, 2) float64."""
+        """Returns the (height, width) of all image files in px, (N, 2) float64."""
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
     def scales(self, resolution):
-        """Returns the (height, width) that each image is cropped to, divided by the image's own, (N, 2) float64."""
+        """Returns the crop size of each image divided by its full size, (N, 2): for height and for width."""
         return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
 
     def label_weights(self, choice):
-        """Returns arrays of rows, label codes and weights. With `choice` "first", only a row's first label counts."""
+        """Returns three arrays with one entry per label: its row, code and weight. "first" skips further labels."""
         counts = np.diff(self.label_starts)
         if choice == "first":
             rows = np.flatnonzero(counts)
@@ -669,7 +669,7 @@ class Index:
         return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
     def fingerprint(self):
-        """Returns a hash of all ids, captions, labels and scores. The order of the samples does not matter."""
+        """Returns a hash of all ids, captions, labels and scores, whatever the order of the samples."""
         columns = [self.table.column(name).to_pylist() for name in ("image_id", "caption", "labels", "score")]
         digest = np.bitwise_xor.reduce([np.uint64(hash_text(repr(row))) for row in zip(*columns)])
         return f"{len(self)}-{int(digest):016x}"
@@ -688,7 +688,7 @@ def count_damaged(damage):
 
 
 def drop_duplicates(table, damage):
-    """Removes all but the first row with the same image_id. Adds the removed rows to the list of damaged samples."""
+    """Keeps the first row of each image_id. Returns the table, and `damage` with the removed rows added."""
     ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
     kept = np.sort(np.unique(ids, return_index=True)[1])
     dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
@@ -699,7 +699,7 @@ def drop_duplicates(table, damage):
 
 
 def make_index(table, damage, total=None, stamps=None, images=None, image_column="image"):
-    """Returns an Index of a table with INDEX_SCHEMA's columns. If `total` is None, counts the rows and the damage."""
+    """Returns the Index of a table that has INDEX_SCHEMA's columns. Without `total`, counts all rows and damage."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
     names = sorted(set(labels.flatten().to_pylist()))
@@ -723,10 +723,10 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 
 # Seam: which samples are trained on. Contract: acceptance(step) has a number in [0, 1] per label and one for no label.
 class SpeciesMix:
-    """Class probabilities p = (1 - m) · uniform + m · share of the data. The weight m depends on the optimizer step.
+    """Class probabilities p = (1 - m) · uniform + m · data. The weight m changes with the optimizer step.
 
-    A share a(s) of the labelled samples has class s. A sample of class s is accepted with probability c · p(s) / a(s),
-    where c is the smallest a / p. So accepted samples follow p. Samples without a label are accepted at a fixed rate.
+    Let a(s) be the share of class s among labelled samples, and c the smallest a / p. A sample of class s is accepted
+    with probability c · p(s) / a(s). Accepted samples then follow p. Unlabelled ones are accepted at a fixed rate.
     """
 
     def __init__(self, index, choice, csv_counts=None, start=0.2, end=0.95, steps=6000, schedule="linear"):
@@ -745,7 +745,7 @@ class SpeciesMix:
         self.uniform = self.support / max(self.support.sum(), 1)
 
     def weight_of_data(self, step):
-        """Returns the weight m at an optimizer step. The first step is 0."""
+        """Returns the weight m at an optimizer step, counted from 0."""
         progress = min(step / self.steps, 1.0) if self.steps else 1.0
         if self.schedule == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
@@ -757,7 +757,7 @@ class SpeciesMix:
         return (1 - m) * self.uniform + m * self.data
 
     def acceptance(self, step):
-        """Returns acceptance probabilities, (K + 1,): one for each class, the last for samples without a label."""
+        """Returns the acceptance probability of each class and, last, of samples without a label, (K + 1,)."""
         if not self.support.any():
             return np.ones(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -768,9 +768,9 @@ class SpeciesMix:
 class SamplePlan:
     """Chooses the rows of each global batch. The choice depends only on the data, the mix, the seed and the step.
 
-    All rows of a batch come from one bucket. A bucket's probability is its share of the accepted samples. An epoch of
-    a bucket goes through its rows once in random order. A random draw accepts or rejects each row. Over all buckets,
-    the classes follow the mix. The state is `step`, `samples`, and `cursors` with (epoch, position) of each bucket.
+    A batch has rows of one bucket. A bucket's probability is its share of the accepted samples. In an epoch, each row
+    of a bucket comes up once, in random order, and is accepted or skipped at random. Over all buckets, the classes
+    follow the mix. The state to save is `step`, `samples` and `cursors`, an [epoch, position] for each bucket.
     """
 
     def __init__(self, index, mix, choice, seed, global_batch, step=0, cursors=None, samples=None):
@@ -792,7 +792,7 @@ class SamplePlan:
         self.arrivals[:, -1] = np.bincount(unlabelled, minlength=bucket_count)
 
     def begin_epoch(self, bucket, epoch):
-        """Returns a bucket's rows in the order of the epoch, their labels (-1 for none) and draws in [0, 1)."""
+        """Returns a bucket's rows in the epoch's order, their labels (-1: none), and random numbers in [0, 1)."""
         rows = self.members[bucket]
         rows = rows[np.argsort(hash64(ORDER, self.seed, epoch, self.index.id_hashes[rows]), kind="stable")]
         ids = self.index.id_hashes[rows]
@@ -806,7 +806,7 @@ class SamplePlan:
         return rows, labels, uniform(ACCEPT, self.seed, epoch, ids)
 
     def bucket_weights(self, step):
-        """Returns the probability of each bucket for the batch of this step, (buckets,)."""
+        """Returns the probability of each bucket at an optimizer step, (buckets,)."""
         accepted = self.arrivals @ self.mix.acceptance(step)
         return accepted / accepted.sum()
 
@@ -846,9 +846,9 @@ class SamplePlan:
 
 @dataclass
 class MicroBatches:
-    """Yields the micro-batches of one rank as lists of (row, label, step, position among all samples of the run).
+    """Yields one rank's micro-batches: lists of requests (row, label, step, position), as ImageDataset takes them.
 
-    Loaders prefetch, so the plan is ahead of training. `states[n]` keeps the plan's cursors after n steps.
+    The plan is ahead of training, because loaders prefetch. `states[n]` keeps the plan's cursors after n steps.
     """
 
     plan: SamplePlan
@@ -876,10 +876,10 @@ class MicroBatches:
 
 
 def open_image(data, cover=None):
-    """Returns an image as RGB, rotated upright and with a white background, and its full (height, width).
+    """Returns an image as RGB, upright and on white, and the (height, width) of its file.
 
-    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result covers `cover`, (height, width). This is four times as
-    fast for 1024 px out of 2048 px. Raises ValueError if the image is damaged, cut short or a decompression bomb.
+    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result has at least the size `cover`, (height, width). That is
+    four times as fast. Raises ValueError if the image is damaged, cut short or a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -903,7 +903,7 @@ def open_image(data, cover=None):
 
 # Seam: buckets. Contract: (height, width) in multiples of BUCKET_STEP px; a row keeps its bucket for the whole run.
 def make_buckets(resolution):
-    """Returns the (height, width) of each bucket in px. Aspect ratios are 1:4 to 4:1, areas at most resolution² px."""
+    """Returns the (height, width) of each bucket in px: aspect ratios from 1:4 to 4:1, area at most resolution²."""
     shorts = range(-(-resolution // 2 // BUCKET_STEP) * BUCKET_STEP, resolution + 1, BUCKET_STEP)
     tall = {(resolution**2 // short // BUCKET_STEP * BUCKET_STEP, short) for short in shorts if short}
     return sorted(tall | {(short, long) for long, short in tall})
@@ -924,7 +924,7 @@ def assign_buckets(index, resolution):
 
 # Seam: crops. Contract: (top, left) of a window inside the image. ImageDataset.crop_window calls the one of --crop.
 def random_ar_crop(height, width, resolution, u):
-    """Returns (top, left) of a square crop near the middle, or for images above 2:1, in the middle or at the start."""
+    """Returns (top, left) of a square crop near the middle. Above 2:1, it is in the middle or at the top or left."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -943,12 +943,12 @@ def center_crop(height, width, bucket):
 
 
 def scale_aesthetic(value, scale):
-    """Returns the aesthetic score: value / scale, limited to 1 to 10, or AESTHETIC_SCORE if `value` is None."""
+    """Returns value / scale, clamped to [1, 10]. Returns AESTHETIC_SCORE if `value` is None."""
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
 class ImageDataset:
-    """Decodes and crops images. A request is (row, label, step, position among all samples of the run)."""
+    """Decodes and crops images. A request is (row, label, step, position); position counts the samples of the run."""
 
     def __init__(
         self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None, aesthetic_scale=10.0
@@ -978,7 +978,7 @@ class ImageDataset:
         return shard.read(row["offset"], row["size"])
 
     def open(self, row, bucket):
-        """Returns a row's image and its original (height, width). Raises ValueError if the image is damaged."""
+        """Returns a row's image and the (height, width) of its file. Raises ValueError if the image is damaged."""
         image, original_size = open_image(self.read(row), bucket)
         if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
             raise ValueError("EXIF behind the pixels turns the image: wrong bucket")
@@ -988,7 +988,7 @@ class ImageDataset:
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
 
     def crop_window(self, row, bucket, step, flipped):
-        """Returns the crop's pixels (3, H, W) uint8, its offset, original and target size. Raises as self.open()."""
+        """Returns a row's crop: pixels (3, H, W) uint8, original size, crop offset and target size."""
         import torch
 
         image, original_size = self.open(row, bucket)
@@ -1007,11 +1007,11 @@ class ImageDataset:
         return {"pixels": pixels, **sizes}
 
     def load(self, row, bucket, step):
-        """Returns the crop of a row. Where the crop is and whether it is mirrored depend on the step."""
+        """Returns crop_window() of a row. The step decides where the crop is and whether it is mirrored."""
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):
-        """Returns [crop] of rows[0], or [crop, mirrored crop] with random_flip. Returns a reason if it is damaged."""
+        """Returns a list: the crop of rows[0] and, with random_flip, its mirror image. Returns a reason if damaged."""
         bucket = self.bucket_size(rows[0])
         try:
             return [self.crop_window(self.index.row(rows[0]), bucket, 0, flip) for flip in range(1 + self.random_flip)]
@@ -1034,7 +1034,7 @@ class ImageDataset:
         raise ValueError(f"{self.index.row(i)['path']}: every image is damaged")
 
     def first_intact(self, i, label, load, same_bucket=False):
-        """Loads row i, or a replacement if row i is damaged. Returns the row used, its data and the damage found."""
+        """Loads row i, or a replacement if row i is damaged. Returns the row used, its data, and the damage found."""
         tried, damage = [i], []
         while len(tried) <= MAX_DAMAGED_IN_A_ROW:
             row = self.index.row(tried[-1])
@@ -1047,7 +1047,7 @@ class ImageDataset:
         raise ValueError(f"{shard}: {MAX_DAMAGED_IN_A_ROW} damaged images in a row, first {key}")
 
     def make_item(self, request, load, same_bucket=False):
-        """Returns the sample for a request. load(row, bucket, step) returns its pixels or its encodings."""
+        """Returns the sample for a request. load(row, bucket, step) gives its pixels or its encodings."""
         i, label, step, position = request
         bucket = self.bucket_size(i)
         row, loaded, damage = self.first_intact(i, label, lambda row: load(row, bucket, step), same_bucket)
@@ -1067,13 +1067,13 @@ class ImageDataset:
         return self.make_item(request, self.load)
 
     def __getitems__(self, requests):
-        """Returns the samples for a list of requests. Loads them in parallel if any shard is remote."""
+        """Returns the samples for a list of requests, loaded in parallel if a shard is remote."""
         with ThreadPoolExecutor(IO_THREADS if any(map(is_remote, self.index.stamps)) else 1) as pool:
             return list(pool.map(self.__getitem__, requests))
 
 
 class EncodedDataset:
-    """Dataset like `images`, but reads the latents, the text embeddings or both from an EncodingCache."""
+    """Wraps the ImageDataset `images`, but reads latents, text embeddings or both from an EncodingCache."""
 
     def __init__(self, images, latents=None, embeddings=None):
         self.images = images
@@ -1117,7 +1117,7 @@ def ignore_signals(_worker):
 
 
 def make_loader(dataset, batch_sampler, workers, pin_memory):
-    """Returns a DataLoader. `workers` processes load batches in advance. With 0, this process loads them itself."""
+    """Returns a DataLoader. `workers` processes prepare batches in advance; if 0, this process makes them itself."""
     from torch.utils.data import DataLoader
 
     return DataLoader(
@@ -1137,10 +1137,10 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
 
 
 class EncodingCache:
-    """Cache of encoded samples on disk, in files of up to CACHE_ROWS samples.
+    """Encoded samples on disk, in files of up to CACHE_ROWS samples.
 
-    The name of a file is a hash of all that its tensors depend on: `settings` and the `cache_keys` of its rows. Files
-    made from other images, flags or encoders are therefore never read. Each cache key begins with the image id.
+    A file's name is a hash of all that its content depends on: `settings` and the `cache_keys` of its rows. So a file
+    made from other images, flags or encoders is never read. A cache key is a list that begins with the image id.
     """
 
     def __init__(self, folder, flag, settings, cache_keys, groups):
@@ -1156,7 +1156,7 @@ class EncodingCache:
                 self.paths |= {cache_keys[i][0]: path for i in rows}
 
     def open(self, path):
-        """Returns an open cache file and its {image id: notes}. Raises OSError if the file is damaged or renamed."""
+        """Returns an open file and its notes, {image id: note}. Raises OSError if the file is damaged or renamed."""
         place = (os.getpid(), path)
         if place not in self.files:
             if len(self.files) >= MAX_OPEN_CACHES:
@@ -1172,7 +1172,7 @@ class EncodingCache:
         return self.files[place]
 
     def write(self, path, samples):
-        """Writes a cache file. `samples` maps each image id to a list with a dict per flip, or to a damage reason."""
+        """Writes a file. `samples` maps an image id to a list with a dict per flip, or to a text if it is damaged."""
         import torch
 
         tensors, notes = {}, {}
@@ -1190,7 +1190,7 @@ class EncodingCache:
         write_safetensors(path, tensors, {"name": path.name, "samples": json.dumps(notes)})
 
     def read(self, image_id, variant=0):
-        """Returns a sample's {name: tensor or number}. Raises ValueError if the image is damaged."""
+        """Returns a sample's {name: tensor or number}. Raises ValueError if its image was damaged."""
         file, notes = self.open(self.paths[image_id])
         if isinstance(notes[image_id], str):
             raise ValueError(notes[image_id])
@@ -1234,7 +1234,7 @@ def describe_data(dataset, plan, steps, caption_tokens):
 
 @cache
 def label_fonts():
-    """Returns the fonts for figures, DejaVu Sans and a Japanese font if installed, and the characters they have."""
+    """Returns the fonts for figures, and the set of characters that they have."""
     from matplotlib import font_manager, ft2font
 
     installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
@@ -1243,7 +1243,7 @@ def label_fonts():
 
 
 def make_label(text, length):
-    """Returns the text as one line of at most `length`. Names characters without a glyph: ピカ → "[pi][ka]"."""
+    """Returns text on one line, cut to `length`. Spells out characters that no font has: ピカ → "[pi][ka]"."""
     words = [c if ord(c) in label_fonts()[1] else f"[{unicodedata.name(c, '?').split(' ')[-1].lower()}]" for c in text]
     text = " ".join("".join(words).replace("$", "\\$").split())  # a $ would begin a formula
     return text if len(text) <= length else text[: length - 1] + "…"

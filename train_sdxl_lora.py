@@ -307,7 +307,7 @@ def make_parser():
 
 
 def read_prompts(args):
-    """Returns the prompts for sample images. Raises OSError if their file is unreadable, ValueError if invalid."""
+    """Returns the prompts for sample images. Raises OSError or ValueError if the file of prompts cannot be used."""
     prompts = [args.validation_prompt] if args.validation_prompt else []
     if not args.validation_prompts:
         return prompts
@@ -333,7 +333,7 @@ def checkpoint_path(args):
 
 
 def default_workers(local_world):
-    """Returns the default number of decoding processes per device: CPU cores per device minus one, but 0 to 8."""
+    """Returns the default number of decoding processes: CPU cores per device, minus one, at most 8."""
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
@@ -475,7 +475,7 @@ def check_output_paths(parser, args):
 
 
 def parse_args(argv=None):
-    """Returns the flags with all defaults filled in. Exits if a flag is wrong. They are not modified after this."""
+    """Returns the flags with all defaults filled in. Exits if a flag is wrong. The result is never modified later."""
     parser = make_parser()
     args = parser.parse_args(argv)
     set_defaults(args)
@@ -668,7 +668,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
 
 
 def load_base_pipeline(args, models, weight_dtype):
-    """Loads the base model's pipeline. It runs a sample image's first denoising steps; the refiner runs the rest."""
+    """Loads the base model, which makes the first denoising steps of a refiner run's sample images."""
     options = {"dtype": weight_dtype, "variant": args.variant, "vae": None, "add_watermarker": False}
     pipeline = load_part(args, diffusers.StableDiffusionXLPipeline.from_pretrained, None, **options)
     pipeline.register_modules(scheduler=models.sampling_scheduler)
@@ -682,15 +682,15 @@ def load_base_pipeline(args, models, weight_dtype):
 
 
 def fingerprint_parts(*parts):
-    """Returns a hash of the models, to tell base models apart. It covers the first 8 values of every tensor."""
+    """Returns a hash that identifies the given models. It reads the first 8 values of every tensor."""
     heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
     return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685). A and B are fp32 and are cast to the dtype of x.
+    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with the scaling and both sums in one kernel.
 
-    x has shape (…, in), the result (…, out). One kernel computes s (x A) B and adds x W. State-dict keys are PEFT's.
+    x is (…, in), the result (…, out). A and B are stored in fp32 and cast to the dtype of x.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -769,9 +769,9 @@ def add_adapters(args, models, seed):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """Computes x W^T + b. W (out, in) is int8, with one scale per row, (out, 1). Saves W for backward, but not x.
+    """Computes x W^T + b. W (out, in) is int8 and has a scale per row, (out, 1). Backward needs W but not x.
 
-    In contrast, bitsandbytes' int8 layer keeps x in memory even with checkpointing, and on CUDA it rounds x to int8.
+    bitsandbytes' int8 layer would keep x in memory, even with checkpointing, and would round x to int8 on CUDA.
     """
 
     @staticmethod
@@ -823,7 +823,7 @@ def quantize_linears(model, precision, compute_dtype):
 
 
 class SdpaAttention(AttnProcessor2_0):
-    """Runs diffusers' attention with one chosen PyTorch kernel, also when checkpointing recomputes activations."""
+    """diffusers' attention with one chosen PyTorch kernel. Recomputed activations use the same kernel."""
 
     def __init__(self, backend):
         super().__init__()
@@ -853,7 +853,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`. For "auto", returns the mildest mode that fits in 80 % of the free GPU memory, or "full"."""
+    """Returns `mode`. If it is "auto", returns the fastest mode that needs at most 80 % of the free GPU memory."""
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -865,7 +865,7 @@ def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0
 
 
 def set_checkpointing(unet, mode, dropout):
-    """Turns on the UNet's activation checkpointing. If `dropout` is true, recomputation repeats the dropout masks."""
+    """Turns on activation checkpointing in the UNet. With `dropout`, recomputation repeats the dropout masks."""
 
     def recompute(module, *inputs):
         options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
@@ -911,7 +911,7 @@ def set_speed(args, models, trained, device):
 
 
 def index_shards(accelerator, args, flag, fields):
-    """Indexes the shards of `flag`; the ranks share the work. Returns the table, damaged samples and shard stamps."""
+    """Indexes the shards that `flag` names. Each rank reads some of them. Returns table, damage and shard stamps."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -968,7 +968,7 @@ def load_index(accelerator, args, flag, seed):
 
 
 def log_data(index, mix, csv_counts, resolution):
-    """Warns about damaged samples, small images, and a --species_csv whose classes or shares differ from the data."""
+    """Warns about damaged samples, small images, and a --species_csv that does not match the data."""
     logger.info("%d images of %d classes, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
     if index.damage:
         logger.warning("damaged: %s", dict(Counter(map(data.damage_kind, index.damage))))
@@ -1013,7 +1013,7 @@ def to_pixel_values(pixels):
 
 
 def to_device(tensor, device):
-    """Copies a tensor to `device`. Copies from CPU to GPU use pinned memory, so the CPU does not wait for them."""
+    """Copies a tensor to `device`. Copies to a GPU start from pinned memory, so the CPU does not wait for them."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -1048,7 +1048,7 @@ def tokenize(tokenizer, captions, chunks=1):
 
 
 def count_chunks(tokenizer, captions, mode):
-    """Returns three numbers: chunks per caption, captions that will be cut, and tokens of the longest caption."""
+    """Returns three counts: chunks per caption, captions that will be cut, and tokens in the longest caption."""
     length = tokenizer.model_max_length - 2
     captions = [caption for caption in captions if len(caption.encode()) > length]  # a token is at least a byte
     tokens = [len(ids) for ids in tokenizer(captions, add_special_tokens=False).input_ids] if captions else [0]
@@ -1066,9 +1066,9 @@ def set_caption_chunks(args, accelerator, models, index):
 
 
 def encode_prompts(models, captions, device):
-    """Returns prompt_embeds (B, chunks * 77, D1 + D2) and pooled_prompt_embeds (B, D2), made as in SDXL's pipeline.
+    """Returns prompt_embeds (B, chunks * 77, D) and pooled_prompt_embeds (B, D2), made as in SDXL's pipeline.
 
-    prompt_embeds concatenates the next-to-last hidden states of both encoders, of widths D1 and D2 (refiner: only D2).
+    prompt_embeds are the encoders' next-to-last hidden states, side by side (refiner: only those of text_encoder_2).
     pooled_prompt_embeds is text_encoder_2's projection of each caption's first chunk.
     """
     chunks = models.caption_chunks
@@ -1080,7 +1080,7 @@ def encode_prompts(models, captions, device):
 
 
 def encode_captions(models, batch, device, with_empty=False):
-    """Returns prompt_embeds and pooled_prompt_embeds, then both for an empty caption (None if not `with_empty`)."""
+    """Returns the embeddings of a batch's captions, and those of an empty caption or None."""
     if "prompt_embeds" in batch:
         return batch["prompt_embeds"], batch["pooled_prompt_embeds"], models.empty_prompt if with_empty else None
     if not with_empty:
@@ -1090,9 +1090,9 @@ def encode_captions(models, batch, device, with_empty=False):
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
-    """Returns both embeddings. Rows where `dropped` (B,) is true are replaced with `empty`, or zeros if it is None.
+    """Returns both embeddings, with `empty` (None: zeros) in the rows where `dropped` (B,) is true.
 
-    Dropped captions are encoded too: if a rank skipped its text encoders, DDP on the other ranks would wait forever.
+    Dropped captions are encoded too: if one rank skipped its text encoders, the other ranks would hang in DDP.
     """
     if empty is None:
         empty = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
@@ -1120,9 +1120,9 @@ def sample_latents(vae, moments, vae_noise):
 
 
 def fill_cache(accelerator, cache, encode, title):
-    """Writes the missing files of a cache. They are divided among ranks; without a shared disk, each writes the rest.
+    """Writes the files that a cache lacks. Each rank writes its share, then all files that it still cannot see.
 
-    Each item of encode() is all samples of a file. Raises InputError for a damaged file, Preempted after a stop.
+    encode(groups) yields the samples of one file after another. Raises InputError if a file is damaged.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
@@ -1146,7 +1146,7 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields one dict per group of rows. It maps each image id to encodings, one per flip, or to an error message."""
+    """Yields a dict per group of rows: {image id: list of encodings, or an error message}."""
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1162,7 +1162,7 @@ def encode_images(models, dataset, device, workers, groups):
 
 
 def cache_latents(accelerator, models, dataset, folder, workers):
-    """Encodes all images and, with --random_flip, their mirror images. Returns the EncodingCache that holds them."""
+    """Encodes all images and, with --random_flip, their mirror images. Returns the EncodingCache."""
     index = dataset.index
     settings = [1, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
     settings += [dataset.interpolation.name, dataset.random_flip, index.images and index.images._fingerprint]
@@ -1176,7 +1176,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields one dict per group of rows. It maps each image id to its prompt_embeds and pooled_prompt_embeds."""
+    """Yields a dict per group of rows: {image id: [embeddings of the caption]}."""
     for group in groups:
         texts = [captions[i] for i in group]
         with torch.no_grad():
@@ -1186,7 +1186,7 @@ def encode_texts(models, ids, captions, device, groups):
 
 
 def cache_text_embeddings(accelerator, models, dataset, folder):
-    """Encodes all captions. Returns the EncodingCache that holds their embeddings."""
+    """Encodes all captions. Returns the EncodingCache."""
     ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
     settings += [models.stage, models.caption_chunks]
@@ -1197,7 +1197,7 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
 
 
 def cache_encodings(accelerator, args, models, image_datasets):
-    """Fills the requested caches and moves their encoders to the CPU. Returns datasets that read from the caches."""
+    """Fills the requested caches. Returns datasets that read from them. Moves unused encoders to the CPU."""
     folder = Path(args.cache_dir or args.output_dir) / "encodings"
     folder.mkdir(parents=True, exist_ok=True)
     encoded = []
@@ -1229,7 +1229,7 @@ def cache_encodings(accelerator, args, models, image_datasets):
 # latents; all from the samples' own seeds, so that the draw is the same on any number of processes. Add a new draw at
 # the end of the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
-    """Draws from the seeds: vae_noise and noise, each (B, *latent_shape); timesteps and caption_draws, each (B,)."""
+    """Returns a dict: "vae_noise" and "noise" (B, *latent_shape), "timesteps" and "caption_draws" (B,)."""
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -1243,7 +1243,7 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """Calls sample_noise for a batch, with the shape of its latents. Returns the draws on the batch's device."""
+    """Calls sample_noise with the seeds and the latent shape of a batch. Returns tensors on its device."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
@@ -1256,7 +1256,7 @@ def sample_batch_noise(models, batch, noise_offset):
 
 # Seam: weighting. Contract: (B,) weights from the (B,) signal-to-noise ratios. Min-SNR: arXiv:2303.09556, sec. 3.4.
 def compute_snr_weights(snr, gamma, prediction_type):
-    """Returns (B,) weights: min(snr, gamma) / snr; for v-prediction, min(snr, gamma) / (snr + 1); 1 if gamma is 0."""
+    """Returns (B,) loss weights: min(snr, gamma) / snr, or min(snr, gamma) / (snr + 1) for v-prediction."""
     if not gamma:
         return torch.ones_like(snr)
     return torch.clamp(snr, max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
@@ -1309,7 +1309,7 @@ def diffusion_loss(
 
 
 def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
-    """Returns one parameter group for the optimizer per trained model. Each group has its own learning rate."""
+    """Returns the optimizer's parameter groups: one per trained model, with its own learning rate."""
     groups = []
     for name, model in trained.items():
         peak = learning_rate * (1.0 if name == "unet" else text_encoder_lr_scale)
@@ -1340,7 +1340,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """Returns a function that maps a step to a multiplier of the peak learning rate, on any number of GPUs."""
+    """Returns a function from a step to the factor by which the peak learning rate is multiplied."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1366,7 +1366,7 @@ MATHEMATICS = """
 
 @dataclass
 class Progress:
-    """Holds what a resumed run needs besides adapters, optimizer and gradient scaler. It is saved as progress.json."""
+    """What progress.json stores: everything that a resumed run needs besides weights and optimizer."""
 
     step: int = 0
     seed: int = 0
@@ -1390,7 +1390,7 @@ COMPARED_BY_CONTENT = ("global_batch", "dataset", "species_distribution", "base_
 
 
 def make_resume_signature(args, accelerator, index, mix):
-    """Returns what must not change on resume: the MATHEMATICS flags, mixed precision, global batch and data."""
+    """Returns what a resumed run must not change: the MATHEMATICS flags, precision, global batch and data."""
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
     signature = {name: getattr(args, name) for name in MATHEMATICS}
     signature["mixed_precision"] = accelerator.mixed_precision
@@ -1401,7 +1401,7 @@ def make_resume_signature(args, accelerator, index, mix):
 
 
 def other_flags(args):
-    """Returns the flags that may change on resume, with their values as text."""
+    """Returns the flags that a resumed run may change, with their values as text."""
     left_out = ("config", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "allow_batch_change")
     return {k: str(v) for k, v in vars(args).items() if k not in MATHEMATICS and k not in left_out}
 
@@ -1414,7 +1414,7 @@ def list_differences(saved, current):
 
 
 def check_resume(saved, current, allow_batch_change=False):
-    """Raises InputError if the saved and current signatures differ. `allow_batch_change` exempts the global batch."""
+    """Raises InputError if two signatures differ. With `allow_batch_change`, the global batch may differ."""
     compared = {name: value for name, value in current.items() if not (allow_batch_change and name == "global_batch")}
     different = list_differences(saved, compared)
     if different:
@@ -1463,9 +1463,9 @@ def adapter_metadata(trained):
 
 
 def kohya_state_dict(trained, adapters):
-    """Returns `adapters` (from adapter_state_dict) with kohya's keys, for ComfyUI and A1111, and each layer's alpha.
+    """Returns adapter_state_dict's tensors under kohya's keys, for ComfyUI and A1111, and an alpha for each layer.
 
-    kohya's scale is alpha / rank. rsLoRA's is alpha / sqrt(rank), so alpha * sqrt(rank) is stored for rsLoRA.
+    Readers scale by alpha / rank. rsLoRA's scale is alpha / sqrt(rank), so alpha * sqrt(rank) is stored for it.
     """
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     renamed["lora_magnitude_vector"] = "dora_scale"
@@ -1482,7 +1482,7 @@ def kohya_state_dict(trained, adapters):
 
 
 def lora_files(trained, stage):
-    """Copies the adapters. For both LoRA files, returns a dict from file name to a function that writes the file."""
+    """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
@@ -1507,10 +1507,10 @@ def save_lora(trained, folder, stage):
 
 
 def checkpoint_files(run):
-    """Copies all state that a resume needs. Returns a dict from file name to a function that writes the file.
+    """Copies all state that a resume needs. Returns {file name: function that writes the file}.
 
-    Training can continue while these functions run. Accelerate's save_state, whose format optimizer.bin and scaler.pt
-    have, would stop training. All ranks have equal weights, and random draws depend only on the seed and the step.
+    Training can continue while these functions run; Accelerate's save_state would stop it. Only the main process
+    writes, because all ranks have the same weights, and random draws depend only on the seed and the step.
     """
     files = lora_files(run.trained, run.args.stage)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
@@ -1538,7 +1538,7 @@ def sync(path):
 
 
 def make_checksums(folder, names):
-    """Returns the text of checksums.json (a SHA-256 per file). It is written last and marks a complete checkpoint."""
+    """Returns the text of checksums.json: a SHA-256 per file. A checkpoint is complete once it has this file."""
 
     def checksum(name):
         with open(folder / name, "rb") as file:
@@ -1565,7 +1565,7 @@ def complete_checkpoint(unfinished, final, files):
 
 
 def try_write(write):
-    """Calls write(). Returns None on success, or the error message if it could not write, e.g. on a full disk."""
+    """Calls write(). Returns None, or the error message if the disk is full or not writable."""
     try:
         write()
     except OSError as error:
@@ -1578,7 +1578,7 @@ def try_write(write):
 
 
 def write_checkpoint(output_dir, step, files, keep=None):
-    """Writes a checkpoint atomically and deletes all but the newest `keep`. Returns None, or the error message."""
+    """Writes a checkpoint atomically. Then deletes all but the newest `keep`. Returns an error message or None."""
     final = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f".checkpoint-{step}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -1595,7 +1595,7 @@ def write_checkpoint(output_dir, step, files, keep=None):
 
 
 def report_unsaved(run):
-    """Saves the LoRA to a temporary folder when output_dir's disk is full. Raises TrainingError naming that folder."""
+    """Saves the LoRA to a temporary folder because output_dir's disk is full. TrainingError names that folder."""
     args = run.args
     step = run.progress.step
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
@@ -1630,7 +1630,7 @@ def save_checkpoint(run, last):
 
 
 def append_jsonl(path, rows):
-    """Appends rows to a JSONL file. If that fails, removes what it wrote and raises OSError, e.g. on a full disk."""
+    """Appends rows to a JSONL file. If the disk is full, removes a partly written row and raises OSError."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -1660,7 +1660,7 @@ def note_skipped(args, index, progress, entries, write=True):
 
 
 def verify_checkpoint(folder):
-    """Returns None if all files of the checkpoint match their checksums, or else a message that says what is wrong."""
+    """Returns None if all files of a checkpoint match its checksums, or else what is wrong."""
     try:
         text = (folder / "checksums.json").read_text()
         sums = json.loads(text)
@@ -1676,7 +1676,7 @@ def verify_checkpoint(folder):
 def find_checkpoint(args):
     """Returns the folder to resume from and its Progress, or (None, None) for a new run. Skips damaged checkpoints.
 
-    Raises InputError if all checkpoints are damaged, or if another version of the trainer wrote the one to resume.
+    Raises InputError if all checkpoints are damaged, or if the chosen one is from another version of the trainer.
     """
     if not args.resume_from_checkpoint:
         return None, None
@@ -1703,7 +1703,7 @@ def find_checkpoint(args):
 
 
 def trim_rows(path, progress):
-    """Removes from a JSONL file the rows that the resumed run will write again, and incomplete rows."""
+    """Removes incomplete rows from a JSONL file, and rows that the resumed run will write again."""
     if not path.exists():
         return
     kept = []
@@ -1815,7 +1815,7 @@ def push_to_hub(args):
 
 @contextmanager
 def evaluating(models):
-    """Context manager that sets eval mode and disables gradients and compiled code. Restores the modes at the end."""
+    """Context manager: evaluation mode, no gradients, no compiled code. Restores the models' modes at the end."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1829,9 +1829,9 @@ def evaluating(models):
 
 
 def validation_requests(index, batch_size, rank, world, max_batches):
-    """Returns this rank's validation batches. Each is (requests, size); requests after the first `size` are padding.
+    """Returns this rank's validation batches as (requests, size). Requests after the first `size` are padding.
 
-    A request is (row, label, step, position). Here, the position is a hash of the image id. It seeds the noise.
+    A request is (row, label, step, position). The position seeds the noise: here it is a hash of the image id.
     """
     rows = np.argsort(index.id_hashes, kind="stable")
     batches = []
@@ -1896,7 +1896,7 @@ def on_device(device, *modules):
 
 
 def make_pipeline(models):
-    """Returns diffusers' pipeline for the stage, with the given models and the snapshot's sampler."""
+    """Returns diffusers' pipeline for sample images, with the sampler of the pretrained model."""
     parts = {"vae": models.vae, "unet": models.unet, "scheduler": models.sampling_scheduler}
     parts |= {"text_encoder_2": models.text_encoders[-1], "tokenizer_2": models.tokenizers[-1]}
     parts["add_watermarker"] = False
@@ -2022,8 +2022,8 @@ def validate(run):
 class Run:
     """Holds everything that the train loop needs. make_run() creates it.
 
-    `models` is for training steps; those with adapters are wrapped in DDP. `unwrapped` holds the same models without
-    DDP, for validation and sample images. `trained` maps names to the unwrapped models with adapters, for saving.
+    `models` is for training steps: DDP wraps the ones with adapters. `unwrapped` holds the same models without DDP,
+    for validation and sample images. `trained` has only those with adapters, by name and without DDP, for saving.
     """
 
     args: argparse.Namespace
@@ -2058,7 +2058,7 @@ def make_batches(args, accelerator, progress, index, mix):
 
 
 def train_step(run, batch):
-    """Runs a micro-step. Returns losses (B,) and the gradient norm before clipping, or None if no update is due."""
+    """Runs a micro-step. Returns the losses (B,) and, at the end of a step, the gradient norm before clipping."""
     args = run.args
     accelerator = run.accelerator
     grad_norm = None
@@ -2085,7 +2085,7 @@ def check_gradients(trained):
 
 @dataclass
 class Report:
-    """Holds one step's sums over all ranks and this rank's details. Usually read a step later, so no step waits."""
+    """A step's sums over all ranks, and details of this rank. It is read one step late, so training does not wait."""
 
     step: int
     sums: torch.Tensor  # (4,) on the CPU, over the ranks: loss, gradient is not finite, stop signal, damaged samples
@@ -2097,7 +2097,7 @@ class Report:
 
 
 def send_report(run, losses, grad_norm, keys, skipped):
-    """Starts summing the step's Report over all ranks. Apart from gradients, ranks exchange nothing else in a step."""
+    """Starts to sum a Report over all ranks. In a step, ranks exchange only this report and the gradients."""
     on_gpu = losses.device.type == "cuda"
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
     own = to_device(own, losses.device)
@@ -2109,9 +2109,9 @@ def send_report(run, losses, grad_norm, keys, skipped):
 
 
 def count_nonfinite_step(run, report, loss):
-    """Counts a step with a NaN or infinite loss or gradient. With fp16 or --on_nonfinite skip, the step is skipped.
+    """Counts a step whose loss or gradient is NaN or infinite, and warns that it is skipped.
 
-    Otherwise, or after too many such steps in a row, raises TrainingError on all ranks, naming the step and samples.
+    If it may not be skipped, or after too many in a row, raises TrainingError on all ranks, naming step and samples.
     """
     progress = run.progress
     progress.nonfinite_steps += 1
@@ -2132,9 +2132,9 @@ def count_nonfinite_step(run, report, loss):
 
 
 def read_reports(run, late=0):
-    """Adds all reports except the newest `late` to run.progress. Returns whether the last one read is non-finite.
+    """Adds all but the newest `late` reports to run.progress. Returns whether the last one read is non-finite.
 
-    All ranks read the same reports. If a report contains a stop signal, sets run.stopping and reads all reports.
+    All ranks read the same reports. After a stop signal on any rank, reads all reports and sets run.stopping.
     """
     is_nonfinite = False
     while len(run.reports) > (0 if run.stopping else late):
@@ -2197,7 +2197,7 @@ def validate_or_stop(run):
 
 
 def update_weights(run):
-    """Runs the optimizer, except when --on_nonfinite skip applies. Advances run.progress by one step in any case."""
+    """Runs the optimizer and advances run.progress by a step. --on_nonfinite skip ignores non-finite gradients."""
     progress = run.progress
     may_skip = run.args.on_nonfinite == "skip" and run.accelerator.scaler is None  # a scaler skips by itself
     skip = read_reports(run) if may_skip else False
@@ -2213,7 +2213,7 @@ def update_weights(run):
 
 
 def train(run):
-    """Trains to the last step or a stop signal. Returns the last metrics. Raises TrainingError if it cannot go on."""
+    """Trains to the last step or a stop signal. Returns the last metrics. Raises TrainingError if a step fails."""
     args = run.args
     accelerator = run.accelerator
     progress = run.progress
@@ -2269,7 +2269,7 @@ def train(run):
 
 
 def count_unet(unet, resolution, chunks, stage="base"):
-    """Returns two numbers for one image: FLOP of the UNet's forward and backward pass, and bytes kept for backward."""
+    """Returns the UNet's FLOP for one image, forward and backward, and the bytes it keeps for backward."""
     config, dtype = unet.config, unet.dtype
     kept = {}  # storage → itself, of every tensor saved for backward
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -2301,7 +2301,7 @@ def count_unet(unet, resolution, chunks, stage="base"):
 
 
 def measure_matmul(device, dtype):
-    """Measures and returns the FLOP/s of a large matrix product. This is an upper bound for the speed of training."""
+    """Measures the FLOP/s of a large matrix product, an upper bound for the speed of training."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
     (a @ a @ a)[0, 0].item()  # warm-up
@@ -2314,7 +2314,7 @@ def measure_matmul(device, dtype):
 
 
 def estimate_resources(args, models, trained, device, images):
-    """Estimates the memory of one device (bytes of each part) and the minimum time to train on `images` images."""
+    """Estimates {part: bytes} of memory on a device, and the shortest possible time to train on `images` images."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(models.vae.config)
@@ -2413,7 +2413,7 @@ def preview(args, accelerator, progress):
 
 
 def touch_preempt_file():
-    """Creates $PREEMPT_FILE, if set, to tell a batch script to queue the job again. Does nothing after Ctrl-C."""
+    """Creates the file $PREEMPT_FILE, so that a batch script queues the job again. Does nothing after Ctrl-C."""
     is_main = os.environ.get("RANK", "0") == "0"  # launchers also send SIGTERM to the others when it has failed
     if os.environ.get("PREEMPT_FILE") and is_main and stop.number != signal.SIGINT:
         Path(os.environ["PREEMPT_FILE"]).touch()
@@ -2422,8 +2422,8 @@ def touch_preempt_file():
 class SignalListener:
     """Thread that records SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
 
-    Once a signal has arrived, a second Ctrl-C ends the process, and so do STOP_SECONDS without progress. A run of one
-    process ends at once if it has no step to save. If the launcher ends, that counts as SIGTERM.
+    After the first signal, another Ctrl-C ends the process, and so do STOP_SECONDS without progress. A run of one
+    process ends at once if it has no step to save. If the launcher exits, that is treated like a SIGTERM.
     """
 
     def __init__(self, launcher_pid):
@@ -2526,7 +2526,7 @@ class JsonlTracker(GeneralTracker):
 
 
 def check_world(accelerator):
-    """Raises InputError if the number of processes in the group is not the launcher's WORLD_SIZE."""
+    """Raises InputError if the process group is smaller or larger than what the launcher started."""
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         found = f"the launcher started {expected} processes, but each sees {accelerator.num_processes}"
@@ -2629,7 +2629,7 @@ def run_on_main(accelerator, action):
 
 
 def claim_output_dir(args):
-    """Locks output_dir. Returns the checkpoint folder and its Progress; for a new run, None and a new Progress."""
+    """Locks output_dir. Returns the checkpoint folder and its Progress, or None and a new Progress."""
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
     folder, progress = find_checkpoint(args)
@@ -2643,7 +2643,7 @@ def claim_output_dir(args):
 
 
 def load_frozen_models(args, accelerator, progress, signature, index):
-    """Loads the frozen models. Raises InputError if the checkpoint to resume used other models, data or flags."""
+    """Loads the frozen models. Raises InputError if the checkpoint was made with other models, data or flags."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device)
     set_caption_chunks(args, accelerator, models, index)
@@ -2658,7 +2658,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """Adds adapters. Returns the models with DDP, a dict of the trained models without DDP, and the optimizer."""
+    """Adds adapters. Returns the models with DDP, {name: trained model without DDP}, and the optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
@@ -2679,7 +2679,7 @@ def prepare_for_training(args, accelerator, models, progress):
 
 
 def make_run(args, accelerator, progress):
-    """Returns the Run: everything that the train loop needs. Creates its parts in the order of the sections."""
+    """Returns the Run: everything that the train loop needs. Makes its parts in the order of this file."""
     dataset, mix, val_dataset = make_data(accelerator, args, progress.seed)
     index = dataset.index
     raise_if_stopping(accelerator)
@@ -2710,7 +2710,7 @@ def make_run(args, accelerator, progress):
 
 
 def restore_output_dir(run, checkpoint):
-    """Deletes rows that an earlier run logged after the checkpoint. Writes config.yaml, run.json and the scripts."""
+    """Deletes metrics that were logged after the checkpoint. Writes config.yaml, run.json and the scripts."""
     args = run.args
     output_dir = Path(args.output_dir)
     row_files = [output_dir / "metrics.jsonl", output_dir / "skipped.jsonl"]
@@ -2745,7 +2745,7 @@ def begin(run, checkpoint):
 
 
 def finish(run, metrics):
-    """Writes LoRA and model card. --push_to_hub uploads finished runs. Raises TrainingError if the disk is full."""
+    """Writes the LoRA and the model card. With --push_to_hub, uploads them if the run is finished."""
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
