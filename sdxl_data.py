@@ -289,7 +289,7 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """A shard, or a single image file, to read from. Pipes, and files that a server sends only whole, are copied first.
+    """A shard or a single image file to read from. Pipes, and files that a server sends only whole, are copied first.
 
     `stamp` identifies the version of a file: its size and modification time, or its size and ETag for a URL. It never
     changes for a pipe. Each process must make its own Shard, because connections do not survive a fork.
