@@ -641,7 +641,7 @@ def make_thumbnails(image):
 
 
 def mirror_thumbnails(thumbnails):
-    """Returns the thumbnails of the mirrored images, (…, F)."""
+    """Returns the thumbnails (…, F) that the mirrored images would have."""
     shape = (*thumbnails.shape[:-1], THUMBNAIL, THUMBNAIL, 3)
     return thumbnails.reshape(shape)[..., ::-1, :].reshape(thumbnails.shape)
 
@@ -1119,7 +1119,7 @@ def format_interval(interval, metric, signed=False):
 
 
 def plot_over_steps(models, summary, metric):
-    """Plots a metric and its interval over the checkpoints' steps, with the base model as a dashed line."""
+    """Plots a metric over the checkpoints' steps, with its 95 % interval, and the base model as a dashed line."""
     steps = [model.step for model in models if model.step is not None]
     entries = [summary[model.name][metric] for model in models if model.step is not None]
     mean, low, high = ([entry[key] for entry in entries] for key in ("mean", "low", "high"))

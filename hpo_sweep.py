@@ -205,7 +205,7 @@ SEARCH_SPACES = {
 class Parameter:
     """A flag to search, over a range of numbers (integers if `whole`) or over a list of choices.
 
-    `when` names other flags and values. Only trials with those values have the flag.
+    `when` maps other flags to values. The flag is searched only in trials where they have those values.
     """
 
     flag: str

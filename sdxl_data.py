@@ -1007,7 +1007,7 @@ class ImageDataset:
         return {"pixels": pixels, **sizes}
 
     def load(self, row, bucket, step):
-        """Returns crop_window() of a row. The step decides where the crop is and whether it is mirrored."""
+        """Returns a row's crop, as crop_window() does. The step decides its position and whether it is mirrored."""
         return self.crop_window(row, bucket, step, self.is_flipped(row, step))
 
     def flips(self, rows):

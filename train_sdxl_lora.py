@@ -688,9 +688,9 @@ def fingerprint_parts(*parts):
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, x W + s x A B (arXiv:2106.09685), with the scaling and both sums in one kernel.
+    """PEFT's LoRA layer, y = x W + b + s (x A) B (arXiv:2106.09685). One kernel scales by s and adds to x W + b.
 
-    x is (…, in), the result (…, out). A and B are stored in fp32 and cast to the dtype of x.
+    x is (…, in), y is (…, out). A and B are stored in fp32 and cast to the dtype of x.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -1703,7 +1703,7 @@ def find_checkpoint(args):
 
 
 def trim_rows(path, progress):
-    """Removes incomplete rows from a JSONL file, and rows that the resumed run will write again."""
+    """Removes incomplete rows from a JSONL file, and rows after the checkpoint: the resumed run writes them again."""
     if not path.exists():
         return
     kept = []
@@ -2658,7 +2658,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """Adds adapters. Returns the models with DDP, {name: trained model without DDP}, and the optimizer."""
+    """Adds adapters. Returns three things: the models, with DDP; {name: model with adapters, without DDP}; optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
