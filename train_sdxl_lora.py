@@ -2658,7 +2658,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """Adds adapters. Returns three things: the models, with DDP; {name: model with adapters, without DDP}; optimizer."""
+    """Adds adapters. Returns the models with DDP, a dict of those with adapters but without DDP, and the optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
