@@ -57,17 +57,17 @@ logger = logging.getLogger("evaluate")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. They should show `species`, if it is set."""
+    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. They should show `class_name`, if set."""
 
     id: str
     prompt: str
     clip_prompt: str
-    species: str | None
+    class_name: str | None
     tags: tuple
 
 
 # fmt: off
-# Seam: the default prompts. Contract: (id, species, tags, prompt); ids differ.
+# Seam: the default prompts. Contract: (id, class, tags, prompt); ids differ.
 POKEFA_PROMPTS = [
     ("pikachu-day", "pikachu", "day, single, action", "Pikachu surfing a big wave under a bright midday sun, spray"),
     ("pikachu-night", "pikachu", "night, single", "Pikachu asleep on a mossy roof under a starry night sky"),
@@ -101,14 +101,14 @@ def parse_prompt(line, number):
     if not isinstance(text, str) or not text.strip():
         raise ValueError("`prompt` is missing or empty; expected a string")
     clip_prompt = row.get("clip_prompt") or text
-    species = row.get("species")
-    if not isinstance(clip_prompt, str) or not isinstance(species, str | None):
-        raise ValueError("`clip_prompt` and `species` must be strings")
+    class_name = row.get("class", row.get("species"))
+    if not isinstance(clip_prompt, str) or not isinstance(class_name, str | None):
+        raise ValueError("`clip_prompt` and `class` must be strings")
     tags = row.get("tags") or []
     if isinstance(tags, str):
         tags = tags.split(",")
     id = str(row.get("id", f"line-{number}"))
-    return Prompt(id, text, clip_prompt, species, tuple(str(tag).strip() for tag in tags))
+    return Prompt(id, text, clip_prompt, class_name, tuple(str(tag).strip() for tag in tags))
 
 
 def read_prompts(path=None):
@@ -117,7 +117,7 @@ def read_prompts(path=None):
     Raises ValueError if a line is wrong, the file is empty or two prompts have the same id.
     """
     if path is None:
-        return [Prompt(id, text, text, species, tuple(tags.split(", "))) for id, species, tags, text in POKEFA_PROMPTS]
+        return [Prompt(id, text, text, name, tuple(tags.split(", "))) for id, name, tags, text in POKEFA_PROMPTS]
     prompts = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -194,7 +194,7 @@ def make_parser():
         "Score LoRA adapters by their images. The groups below follow the sections of the script.",
     )
     add = parser.add_argument_group("Prompts").add_argument
-    add("--prompts", metavar="FILE", help="JSONL with `prompt` and optional `id`, `clip_prompt`, `species`, `tags` "
+    add("--prompts", metavar="FILE", help="JSONL with `prompt` and optional `id`, `clip_prompt`, `class`, `tags` "
         "(default: 16 prompts for PokeFA)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="one image per seed and prompt")
 
@@ -220,7 +220,8 @@ def make_parser():
     add = parser.add_argument_group("Scores").add_argument
     add("--clip_model", default="ViT-H-14/laion2b_s32b_b79k", metavar="NAME",
         help="open_clip model: ARCHITECTURE/WEIGHTS, hf-hub:ID or local-dir:FOLDER")
-    add("--species_prompt", default="{}", metavar="TEXT", help="text that CLIP compares for a species; {} is its name")
+    add("--class_prompt", "--species_prompt", default="{}", metavar="TEXT",
+        help="text that CLIP compares for a class; {} is its name")
     add("--aesthetic_clip_model", default="ViT-L-14/openai", metavar="NAME",
         help="open_clip model whose embeddings the aesthetic head takes")
     add("--aesthetic_head", default=AESTHETIC_HEAD, metavar="FILE|URL|none",
@@ -228,8 +229,10 @@ def make_parser():
     add("--score_weights", type=float, nargs=2, default=[0.6, 0.4], metavar=("A", "B"),
         help="score = A adherence + B aesthetic / 10")
     add("--train_shards", nargs="+", metavar="TAR", help="training images; the report shows copies of them")
+    add("--train_data_dir", nargs="+", metavar="DIR", help="folders of training images, instead of --train_shards")
     add("--val_shards", nargs="+", metavar="TAR",
         help="held-out images: how similar images are without copying (default: the training images)")
+    add("--val_fraction", type=float, metavar="P", help="the training images that the trainer held out with this flag")
 
     add = parser.add_argument_group("Run").add_argument
     add("--config", is_config_file=True, metavar="FILE", help="YAML file with flags; the command line wins")
@@ -252,8 +255,8 @@ def parse_args(argv=None):
         parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error(f"--seeds: found {' '.join(map(str, args.seeds))}; expected different numbers of 0 or more")
-    if "{}" not in args.species_prompt:
-        parser.error(f"--species_prompt: found {args.species_prompt!r}; expected {{}} where the name goes")
+    if "{}" not in args.class_prompt:
+        parser.error(f"--class_prompt: found {args.class_prompt!r}; expected {{}} where the name goes")
     if not 0 < args.denoising_start < 1:
         parser.error(f"--denoising_start: found {args.denoising_start}; expected a share between 0 and 1")
     if args.refiner_lora and not args.refiner_unet:
@@ -274,8 +277,16 @@ def parse_args(argv=None):
             check()
         except (OSError, ValueError) as error:
             parser.error(f"--{name}: {error}")
-    if args.val_shards and not args.train_shards:
-        parser.error("--val_shards: found without --train_shards; they are what copies are compared with")
+    for folder in args.train_data_dir or ():
+        if not Path(folder).expanduser().is_dir():
+            parser.error(f"--train_data_dir: no folder {folder}")
+    if args.train_data_dir and args.train_shards:
+        parser.error("--train_data_dir: contradicts --train_shards; give one of them")
+    for name in ("val_shards", "val_fraction"):
+        if getattr(args, name) and not (args.train_shards or args.train_data_dir):
+            parser.error(f"--{name}: found without --train_shards or --train_data_dir, which copies are compared with")
+    if args.val_fraction is not None and (args.val_shards or not 0 < args.val_fraction < 1):
+        parser.error(f"--val_fraction: found {args.val_fraction}; expected 0 to 1, and no --val_shards")
     return args
 
 
@@ -605,9 +616,9 @@ def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
     return {"adherence": adherence, "aesthetic": aesthetic, "score": score}
 
 
-def name_species(embeddings, species, clip, template="{}"):
-    """Returns the index of the species that CLIP finds most similar to each image, (n,)."""
-    return (embeddings @ clip.embed_texts([template.format(name) for name in species]).T).argmax(axis=1)
+def name_classes(embeddings, classes, clip, template="{}"):
+    """Returns the index of the class that CLIP finds most similar to each image, (n,)."""
+    return (embeddings @ clip.embed_texts([template.format(name) for name in classes]).T).argmax(axis=1)
 
 
 def diversity_of(embeddings):
@@ -648,18 +659,26 @@ def mirror_thumbnails(thumbnails):
 
 @dataclass
 class Reference:
-    """All images of some shards, training or held-out. `places` says where the file of each image is stored."""
+    """All images of a source, training or held-out. `places` says where the file of each image is stored."""
 
-    names: list
+    names: np.ndarray
+    ids: np.ndarray  # image ids
     places: list
     embeddings: np.ndarray  # (n, D)
     thumbnails: np.ndarray  # (n, 3, F) float16
 
+    def select(self, chosen):
+        """Returns the Reference of the images for which `chosen` (n,) is true."""
+        places = [place for place, keep in zip(self.places, chosen) if keep]
+        return Reference(
+            self.names[chosen], self.ids[chosen], places, self.embeddings[chosen], self.thumbnails[chosen]
+        )
+
 
 def embed_samples(samples, clip, quiet):
-    """Returns (name, place, embedding, thumbnails) of each image in `samples`, without the damaged ones."""
+    """Returns (name, id, place, embedding, thumbnails) of each image in `samples`, without the damaged ones."""
     found = []
-    for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="images of shards", unit="batch", disable=quiet):
+    for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="training images", unit="batch", disable=quiet):
         rows = []
         images = []
         for shard, row in samples[start : start + EMBEDDING_BATCH]:
@@ -670,42 +689,65 @@ def embed_samples(samples, clip, quiet):
                 continue
         embeddings = clip.embed_images(images) if images else []
         for row, image, embedding in zip(rows, images, embeddings):
-            name = f"{Path(row['path']).name} {row['key']}"
+            name = row["key"] if row["path"].endswith(row["key"]) else f"{Path(row['path']).name} {row['key']}"
             place = (row["path"], row["offset"], row["size"])
-            found.append((name, place, embedding, make_thumbnails(image).astype(np.float16)))
+            found.append((name, row["image_id"], place, embedding, make_thumbnails(image).astype(np.float16)))
     return found
 
 
 def write_reference(path, found):
-    names, places, embeddings, thumbnails = zip(*found)
+    names, ids, places, embeddings, thumbnails = zip(*found)
     arrays = {"embeddings": np.stack(embeddings), "thumbnails": np.stack(thumbnails)}
     encoded = io.BytesIO()
-    np.savez(encoded, names=np.array(names), places=json.dumps(places), **arrays)
+    np.savez(encoded, names=np.array(names), ids=np.array(ids), places=json.dumps(places), **arrays)
     sdxl_data.write_file(path, encoded.getvalue())
 
 
-def embed_shards(state, args, shards):
-    """Returns a Reference of all usable images in `shards`. Reads it from --output_dir if an earlier run saved it.
+def open_source(args, flag):
+    """Returns what identifies the images that `flag` names, and a function that lists them as (Shard, index row)."""
+    cache_dir = args.cache_dir or args.output_dir
+    if flag == "train_data_dir":
+        excluded = [os.path.realpath(path) for path in (args.output_dir, args.images_dir, args.cache_dir) if path]
+        fields = sdxl_data.Fields(instance_prompt="any")  # captions do not matter here
+        rows, _, stamps = sdxl_data.index_folders(args.train_data_dir, fields, excluded)
+        return sorted(stamps.items()), lambda: [(sdxl_data.Shard(row["path"], cache_dir), row) for row in rows]
+    shards = [sdxl_data.Shard(path, cache_dir) for path in sdxl_data.expand_shards(getattr(args, flag))]
+    return [(shard.path, shard.stamp) for shard in shards], lambda: [
+        (shard, row) for shard in shards for row in sdxl_data.index_shard(shard, sdxl_data.Fields())[0]
+    ]
+
+
+def embed_source(state, args, flag):
+    """Returns a Reference of all usable images that `flag` names. Reads it from --output_dir if it was saved there.
 
     The processes share the work. Raises InputError if no image is usable.
     """
-    opened = [sdxl_data.Shard(path, args.cache_dir or args.output_dir) for path in sdxl_data.expand_shards(shards)]
-    stamps = [(shard.path, shard.stamp) for shard in opened]
-    cached = Path(args.output_dir) / f"shards-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
+    stamps, list_samples = open_source(args, flag)
+    cached = Path(args.output_dir) / f"reference-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
     # One answer for all processes: a network disk may show them the file at different times.
     if not broadcast_object_list([cached.exists()])[0]:
-        samples = [(shard, row) for shard in opened for row in sdxl_data.index_shard(shard, sdxl_data.Fields())[0]]
-        mine = samples[state.process_index :: state.num_processes]
+        mine = list_samples()[state.process_index :: state.num_processes]
         found = embed_samples(mine, Clip(args.clip_model, state.device), quiet=not state.is_main_process)
-        found = sorted(gather_object(found), key=lambda item: item[1])
+        found = sorted(gather_object(found), key=lambda item: item[2])
         if not found:
-            raise InputError(f"--train_shards: no usable image in {' '.join(shards)}")
+            raise InputError(f"--{flag}: no usable image in {' '.join(getattr(args, flag))}")
         if state.is_main_process:
             write_reference(cached, found)
         state.wait_for_everyone()
     with np.load(cached) as data:
         places = json.loads(str(data["places"]))
-        return Reference(data["names"].tolist(), places, data["embeddings"], data["thumbnails"])
+        return Reference(data["names"], data["ids"], places, data["embeddings"], data["thumbnails"])
+
+
+def embed_training_images(state, args):
+    """Returns two References: the training images, or None if no flag names them, and the held-out images."""
+    if not args.train_shards and not args.train_data_dir:
+        return None, None
+    reference = embed_source(state, args, "train_shards" if args.train_shards else "train_data_dir")
+    if args.val_fraction:
+        held_out = sdxl_data.is_held_out(reference.ids, args.val_fraction)
+        return reference.select(~held_out), reference.select(held_out)
+    return reference, embed_source(state, args, "val_shards") if args.val_shards else reference
 
 
 def find_nearest(vectors, reference, itself=False):
@@ -764,15 +806,15 @@ class Scores:
     held_out: dict  # from describe_held_out; empty without training images
 
 
-def list_species(prompts):
-    return sorted({prompt.species for prompt in prompts if prompt.species})
+def list_classes(prompts):
+    return sorted({prompt.class_name for prompt in prompts if prompt.class_name})
 
 
-def add_species(rows, named):
-    """Adds "named", the species that CLIP sees, and "right" to each row. Both are None without a species."""
+def add_classes(rows, named):
+    """Adds "named", the class that CLIP sees, and "right" to each row. Both are None without a class."""
     for row, name in zip(rows, named):
-        row["named"] = name if row["species"] else None
-        row["right"] = name == row["species"] if row["species"] else None
+        row["named"] = name if row["class"] else None
+        row["right"] = name == row["class"] if row["class"] else None
 
 
 def add_copies(rows, found, reference, limit):
@@ -781,7 +823,7 @@ def add_copies(rows, found, reference, limit):
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])
         row["copy_similarity"] = float(found["copy_similarity"][index])
-        row["nearest"] = reference.names[found["nearest"][index]]
+        row["nearest"] = str(reference.names[found["nearest"][index]])
         row["copy"] = bool(is_copy[index])
 
 
@@ -793,8 +835,7 @@ def score_all(args, state, models, prompts, jobs):
     if args.aesthetic_head != "none":
         features = embed_files(state, args.aesthetic_clip_model, "--aesthetic_clip_model", paths)
         aesthetic = load_aesthetic_head(args.aesthetic_head, features.shape[1])(features)
-    reference = embed_shards(state, args, args.train_shards) if args.train_shards else None
-    others = embed_shards(state, args, args.val_shards) if args.val_shards else reference
+    reference, others = embed_training_images(state, args)
     if not state.is_main_process:
         return None
 
@@ -804,11 +845,11 @@ def score_all(args, state, models, prompts, jobs):
     for index, job in enumerate(jobs):
         prompt = job.prompt
         row = {"model": job.model.name, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": job.seed}
-        row |= {"species": prompt.species, "tags": ", ".join(prompt.tags)}
+        row |= {"class": prompt.class_name, "tags": ", ".join(prompt.tags)}
         rows.append(row | {name: float(values[index]) for name, values in scores.items()})
-    species = list_species(prompts)
-    if len(species) > 1:
-        add_species(rows, [species[i] for i in name_species(embeddings, species, clip, args.species_prompt)])
+    classes = list_classes(prompts)
+    if len(classes) > 1:
+        add_classes(rows, [classes[i] for i in name_classes(embeddings, classes, clip, args.class_prompt)])
     held_out = {}
     if reference is not None:
         held_out = describe_held_out(others, reference)
@@ -845,7 +886,7 @@ METRICS = {
     "adherence": "CLIP adherence",
     "aesthetic": "aesthetic",
     "score": "score",
-    "right": "species named right",
+    "right": "class named right",
     "nearest_similarity": "CLIP similarity to the nearest training image",
     "copy_similarity": "correlation with the nearest training image",
     "copy": "copies",
@@ -901,13 +942,13 @@ def make_metrics(args, models, prompts, scores):
     by_tag = {}
     for tag in dict.fromkeys(tag for prompt in prompts for tag in prompt.tags):
         by_tag[tag] = summarise(models, [row for row in scores.rows if tag in row["tags"].split(", ")])
-    by_species = {}
-    for species in list_species(prompts):
-        by_species[species] = summarise(models, [row for row in scores.rows if row["species"] == species])
+    by_class = {}
+    for name in list_classes(prompts):
+        by_class[name] = summarise(models, [row for row in scores.rows if row["class"] == name])
     return {
         "models": summary,
         "by_tag": by_tag,
-        "by_species": by_species,
+        "by_class": by_class,
         "held_out": scores.held_out,
         "settings": {name: value for name, value in vars(args).items() if name != "config"},
         "versions": versions(),
@@ -1073,7 +1114,7 @@ in colour if its interval excludes 0. Click an image to enlarge it.</p>
 <details><summary>other seeds</summary>{{ images("more-%d-" % loop.index, own[count:]) }}</details>
 {% endif %}
 {% endfor %}
-{% for kind, groups in (("tag", metrics.by_tag), ("species", metrics.by_species)) if groups %}
+{% for kind, groups in (("tag", metrics.by_tag), ("class", metrics.by_class)) if groups %}
 <h2>By {{ kind }}</h2>
 <p>Species named right, and CLIP adherence.</p>
 <div class="scroll"><table>
@@ -1151,7 +1192,7 @@ def find_copies(args, rows, reference, count=8):
     ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
     copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
-        path, offset, size = reference.places[reference.names.index(row["nearest"])]
+        path, offset, size = reference.places[reference.names.tolist().index(row["nearest"])]
         shard = sdxl_data.Shard(path, args.cache_dir or args.output_dir)
         copies.append((row, data_uri(sdxl_data.open_image(shard.read(offset, size))[0], 320)))
     return copies

@@ -90,7 +90,7 @@ def make_parser():
     add = parser.add_argument_group("Trials").add_argument
     add("--trial_steps", type=int, default=1000, metavar="STEPS", help="training steps of each trial")
     add("--pruner", choices=["median", "hyperband", "none"], default="median",
-        help="stops trials with a poor validation loss early; needs --val_shards")
+        help="stops trials with a poor validation loss early; needs --val_shards or --val_fraction")
     add("--pruning_warmup", type=int, metavar="STEPS", help="no pruning before; default: half of --trial_steps")
     add("--keep_trials", type=int, default=3, metavar="K", help="keep the weights and images of the K best trials")
 
@@ -282,6 +282,8 @@ def make_search_space(path, given, trainer_args):
     rows = read_yaml("search_space", path) if path else SEARCH_SPACES[trainer_args.stage]
     source = f"--search_space: {path or 'the default'}"
     actions = {action.dest: action for action in trainer.make_parser()._actions}
+    first_names = {name.removeprefix("--"): a.dest for a in actions.values() for name in a.option_strings[:2]}
+    rows = {first_names.get(flag, flag): row for flag, row in rows.items()}  # of flags with two names
     space = []
     for flag, row in rows.items():
         if flag not in actions or flag in ("config", "output_dir", "max_train_steps", "help"):
@@ -339,6 +341,10 @@ def suggest_flags(trial, sweep):
 # -----------------------------------------------------------------------------
 
 
+def has_validation(trainer_args):
+    return bool(trainer_args.val_shards or trainer_args.val_fraction)
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A parsed command line: the sweep's own flags, those for the trainer and evaluate.py, and the search space."""
@@ -372,7 +378,7 @@ class Sweep:
 
     @property
     def prunes(self):
-        return self.args.pruner != "none" and len(self.directions) == 1 and bool(self.trainer_args.val_shards)
+        return self.args.pruner != "none" and len(self.directions) == 1 and has_validation(self.trainer_args)
 
     def signature(self):
         """Returns the settings that must be the same in all commands that work on one study."""
@@ -474,8 +480,8 @@ def parse_args(argv=None):
             parser.error(f"-- --{name}: the sweep sets it for each trial; leave it out")
     scratch = {"output_dir": str(Path(args.output_dir) / "trial-0000"), "resume_from_checkpoint": "latest"}
     trainer_args = trainer.parse_args(to_words(flags | scratch))
-    if args.objective == "val_loss" and not trainer_args.val_shards:
-        parser.error("--objective: val_loss needs --val_shards after --")
+    if args.objective == "val_loss" and not has_validation(trainer_args):
+        parser.error("--objective: val_loss needs --val_shards or --val_fraction after --")
     try:
         space = make_search_space(args.search_space, flags, trainer_args)
         evaluation = make_evaluation(args, trainer_args)
@@ -520,6 +526,7 @@ def open_study(sweep):
         raise InputError(f"--storage: {sweep.args.storage}: {' '.join(str(error).split())[:300]}") from error
     signature = json.loads(json.dumps(sweep.signature()))
     stored = study.user_attrs.get("law", signature)  # studies have always stored it under this name
+    stored = json.loads(json.dumps(stored).replace('"species_', '"class_'))  # names of flags in older studies
     for name, value in signature.items():
         if value != stored[name]:
             flag = "flags after --" if name == "trainer" else f"--{name}"

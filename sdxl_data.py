@@ -3,16 +3,18 @@
 The sections, in the order data flows; each calls only what is above it:
      1 Shared by the scripts   errors, the flag parser, hashes, atomic files, checkpoint folders
      2 Sources                 shard patterns, class counts, prompts; the bytes of a shard, wherever it is stored
-     3 Index                   one pass over the tar headers makes a table: one row per sample
-     4 Plan                    which rows make up which batch: a pure function of the step
-     5 Images and batches      decode, resize, crop; the dataset and its loader
-     6 Encoding cache          latents and text embeddings on disk
-     7 Preview                 the pictures and charts of --dry_run
+     3 Samples                 the parts of a sample: captions, tags, labels, the size of its image
+     4 Index                   shards, folders and tables become one table: a row per image
+     5 Plan                    which rows make up which batch: a pure function of the step
+     6 Images and batches      decode, crop, resize; the dataset and its loader
+     7 Encoding cache          latents and text embeddings on disk
+     8 Preview                 the pictures and charts of --dry_run
 train_sdxl_lora.py, evaluate.py and hpo_sweep.py import this file; it imports none of them. Functions that need torch,
 datasets or matplotlib import them: loading them takes seconds, and flags are checked before that.
 """
 
 import argparse
+import codecs
 import csv
 import difflib
 import hashlib
@@ -24,6 +26,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import unicodedata
@@ -43,11 +46,18 @@ import pyarrow.compute
 import pyarrow.parquet
 import safetensors
 from braceexpand import braceexpand
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # mean "save and exit" to the scripts
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in diffusers' format
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "avif", "jfif", "tif", "tiff", "gif")
+UNREADABLE_EXTENSIONS = ("heic", "heif", "jxl", "psd")  # images that Pillow cannot read, so a folder's are reported
+CAPTION_EXTENSIONS = ("txt", "caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# what systems leave in folders and tars
+JUNK = re.compile(r"\._|\.DS_Store$|__MACOSX$|Thumbs\.db$|\.ipynb_checkpoints$|@eaDir$")
+# reported in skipped.jsonl, but not counted as damage
+LEFT_OUT = ("not in the metadata", "hidden", "too small", "colour profile ignored")
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused by their header: PIL's own limit for decompression bombs
 MAX_OPEN_SHARDS = 4096  # shards, or images of a folder, that a process keeps open
 IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, before the run ends
@@ -55,7 +65,7 @@ IO_THREADS = 16  # simultaneous reads over the network per process
 READ_AHEAD = 1 << 17  # bytes that indexing reads at once
 HEADER_BYTES = 1 << 16  # bytes read of each image to get its size; the full file is read if they are not enough
 STAMP_SECONDS = 60  # how often a remote shard is checked for changes
-INDEX_VERSION = 3  # part of the index cache's key: raise it when a column changes
+INDEX_VERSION = 4  # part of the index cache's key: raise it when a column changes
 IN_TABLE = "row of the dataset"  # instead of a path: the bytes are in a table of --dataset_name
 UNLABELLED_ACCEPTANCE = 0.1  # probability that an image without a label is accepted when classes are balanced
 MAX_EMPTY_EPOCHS = 10_000  # without one accepted sample before the plan gives up
@@ -64,6 +74,9 @@ BUCKET_STEP = 64  # px; sides of --crop bucket are multiples of it, as in SDXL's
 AESTHETIC_SCORE = 6.0  # of an image without one: the stock refiner pipeline's default
 CACHE_ROWS = 64  # samples in a file of --cache_latents or --cache_text_embeddings
 MAX_OPEN_CACHES = 256  # cache files that a process keeps open
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
+    1 << 28
+)  # bytes of text; Pillow refuses 1 MB workflows
 CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "IPAexGothic", "Hiragino Sans", "MS Gothic")
 
 
@@ -82,7 +95,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action):
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
-        return super()._format_action_invocation(action)
+        return super()._format_action_invocation(action).partition(", --species")[0]  # an older, second name
 
     def _get_help_string(self, action):
         text = action.help.replace(" (default: %(default)s)", "")
@@ -95,8 +108,20 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(configargparse.ArgParser):
     """Argument parser that reports an error in one line, `prog: error: --flag: …`, and exits with status 2."""
 
+    words = ()  # of the command line
+
+    def parse_known_args(self, args=None, *rest, **options):
+        self.words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, *rest, **options)
+
     def error(self, message):
         message = " ".join(message.split()).removeprefix("argument ")
+        for action in self._actions:  # call a flag with two names by the one that was given
+            first, *others = action.option_strings or [""]
+            if others and not others[0].startswith("--no-"):
+                given = {word.partition("=")[0] for word in self.words}
+                name = next((other for other in others if other in given), first)
+                message = re.sub(rf"{first}(/{others[0]})?(?!\w)", name, message)
         kind, _, words = message.partition(": ")
         flag = words.split(" ")[0].split("=")[0]
         if kind == "unrecognized arguments":
@@ -121,6 +146,7 @@ def make_base_parser(usage, description):
 # Each use of random numbers has its own number. A draw is a hash of (use, seed, what it is drawn for), so none depends
 # on the process count, worker count, prefetching or the clock.
 ORDER, ACCEPT, LABEL, CROP, FLIP, REPLACE, SUBSET, SAMPLE, DROPOUT_MASK, BUCKET = range(10)
+CAPTION, TAG_ORDER, TAG_DROPOUT, HOLD_OUT = range(10, 14)
 
 
 def hash64(*parts):
@@ -194,8 +220,10 @@ def looks_like_path(name):
 
 def expand_pattern(pattern):
     """Returns the shards that one pattern of --train_shards stands for. They need not exist."""
+    if Path(pattern).is_file():
+        return [pattern]
     if Path(pattern).is_dir():
-        return sorted(map(str, Path(pattern).glob("*.tar")))
+        return sorted(str(path) for path in Path(pattern).glob("*.tar") if not JUNK.match(path.name))
     if pattern.startswith("pipe:") and "{" not in pattern:
         return [pattern]
     is_bucket = is_remote(pattern) and not pattern.startswith(("pipe:", "http"))
@@ -206,10 +234,7 @@ def expand_pattern(pattern):
 
 
 def expand_shards(patterns):
-    """Returns the shards of a list of patterns: .tar files, folders, brace patterns, folders in a bucket, pipes.
-
-    Raises ValueError if a pattern gives no shard or names a local file that does not exist.
-    """
+    """Returns the shards of a list of patterns. Raises ValueError if one gives none, or names a missing file."""
     shards = []
     for pattern in patterns:
         found = expand_pattern(pattern)
@@ -222,16 +247,16 @@ def expand_shards(patterns):
     return shards
 
 
-def read_species_csv(path):
+def read_class_csv(path):
     """Returns {label in lower case: count}. Raises ValueError if a column is missing or a count is wrong."""
     counts = Counter()
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        name = next((c for c in ("pokemon", "species") if c in columns), None)
+        name = next((c for c in ("class", "pokemon", "species") if c in columns), None)
         if name is None or "count" not in columns:
             found = ", ".join(columns) or "(none)"
-            raise ValueError(f"{path} has columns {found}; expected pokemon (or species) and count")
+            raise ValueError(f"{path} has columns {found}; expected class (or pokemon, species) and count")
         for row in reader:
             try:
                 count = float(row["count"])
@@ -302,7 +327,10 @@ class Shard:
         self.copied = path.startswith("pipe:")
         self.stamp = "None"
         if not self.copied:
-            self.filesystem, self.url = fsspec.url_to_fs(path)
+            # a local name may hold "::" or "*", which mean something in a URL
+            self.filesystem, self.url = (
+                fsspec.url_to_fs(path) if is_remote(path) else (fsspec.filesystem("file"), path)
+            )
             self.stamp = self.current_stamp()
             if path.startswith("http"):
                 self.copied = not retry(self.allows_ranges, path)
@@ -357,14 +385,11 @@ class Shard:
 
 
 # -----------------------------------------------------------------------------
-# 3 Index
+# 3 Samples
 # -----------------------------------------------------------------------------
 
-INDEX_SCHEMA = pa.schema({
-    "key": pa.string(), "image_id": pa.string(), "caption": pa.string(), "labels": pa.list_(pa.string()),
-    "width": pa.int32(), "height": pa.int32(), "score": pa.float32(),
-    "path": pa.string(), "offset": pa.int64(), "size": pa.int64(),
-})  # fmt: skip
+# control characters but tab and line ends, and halves of surrogate pairs, which UTF-8 cannot write
+NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -375,13 +400,158 @@ class Fields:
     caption: str = "text"
     labels: str = "species_list"
     score: str = "ae_aesthetic"
+    instance_prompt: str | None = None  # the caption of images that have none, in folders and tables
+
+
+def is_text(value):
+    """Returns whether `value` is a text that can be written as UTF-8 and has no control characters."""
+    return isinstance(value, str) and value != "" and not NO_TEXT.search(value)
+
+
+def parse_object(text):
+    """Returns the object in a JSON text. Raises ValueError if there is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise ValueError("bad JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("JSON is not an object")
+    return value
+
+
+def read_captions(values):
+    """Returns the captions in texts and lists of texts, without empty ones. Raises ValueError if one is no text."""
+    captions = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    captions = [caption for caption in captions if caption not in (None, "")]
+    for caption in captions:
+        if not is_text(caption):
+            kind = "control characters in the caption" if isinstance(caption, str) else "caption is no text"
+            raise ValueError(f"{kind}: {caption!r:.60}")
+    return list(dict.fromkeys(filter(None, map(str.strip, captions))))
+
+
+def decode_captions(raw):
+    """Returns the captions in the bytes of a .txt or .caption file, one per line. Raises ValueError if damaged."""
+    has_mark = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = raw.decode("utf-16" if has_mark else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None
+    return read_captions(re.split(r"\r\n|\r|\n", text))
+
+
+def choose_caption(captions, seed, position):
+    """Returns which of a sample's captions is used at its position in the run."""
+    return int(uniform(CAPTION, seed, position) * len(captions))
+
+
+@dataclass(frozen=True)
+class TagDraws:
+    """How the tags of a caption are drawn anew for each sample. The first `kept` tags stay where they are."""
+
+    separator: str = ","
+    kept: int = 0
+    shuffle: bool = False
+    dropout: float = 0.0
+
+    def joiner(self):
+        return self.separator if self.separator != self.separator.strip() else f"{self.separator} "
+
+    def draw(self, caption, seed, position):
+        """Returns the caption with its tags shuffled and thinned out. The draws depend on seed and position only."""
+        if not self.shuffle and not self.dropout:
+            return caption
+        tags = caption.split(self.separator.strip() or self.separator)
+        tags = [tag.strip() for tag in tags if tag.strip()]
+        free = np.arange(self.kept, len(tags))
+        if self.dropout:
+            free = free[uniform(TAG_DROPOUT, seed, position, free) >= self.dropout]
+        if self.shuffle:
+            free = free[np.argsort(hash64(TAG_ORDER, seed, position, free), kind="stable")]
+        return self.joiner().join(tags[: self.kept] + [tags[i] for i in free])
+
+
+def read_labels(metadata, name):
+    """Returns a sample's labels in lower case. Raises ValueError if they are no list and no comma-separated string."""
+    labels = metadata.get(name) or []
+    labels = labels.split(",") if isinstance(labels, str) else labels
+    if not isinstance(labels, list):
+        raise ValueError(f"{name} is {labels!r}, not a list or a text")
+    names = [str(label).strip().casefold() for label in labels if label is not None]
+    return list(dict.fromkeys(name for name in names if is_text(name)))
+
+
+def number_or_none(value):
+    """Returns `value`, or the number in a text, if it is between -2³¹ and 2³¹. Returns None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 2**31 else None
+
+
+def oriented_size(image):
+    """Returns an image's (height, width) after EXIF rotation. Raises ValueError for a decompression bomb."""
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"decompression bomb: {width}x{height} px is too large")
+    # a PNG's EXIF may come after the pixels, and Pillow would decode them to look for it
+    has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
+    is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if is_turned else (height, width)
+
+
+def measure_image(head, read_all=None):
+    """Returns an image's (height, width), from its first bytes or read_all(). Raises ValueError if it is damaged."""
+    if not head:
+        raise ValueError("image of zero bytes")
+    try:
+        return oriented_size(Image.open(io.BytesIO(head)))
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
+        if read_all is not None:  # Pillow wants all of a WebP, and of a JPEG with long EXIF
+            return measure_image(read_all())
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"cannot decode image: {error}") from None
+
+
+def hash_image(head, size):
+    """Returns a uint64 hash of an image file's size (-1: unknown) and first bytes, to tell images apart."""
+    digest = hashlib.blake2b(head, digest_size=8, key=str(size).encode()).digest()
+    return int.from_bytes(digest, "little")
+
+
+# -----------------------------------------------------------------------------
+# 4 Index
+# -----------------------------------------------------------------------------
+
+INDEX_SCHEMA = pa.schema({
+    "key": pa.string(), "image_id": pa.string(), "captions": pa.list_(pa.string()), "labels": pa.list_(pa.string()),
+    "width": pa.int32(), "height": pa.int32(), "score": pa.float32(),
+    "path": pa.string(), "offset": pa.int64(), "size": pa.int64(),
+    "repeats": pa.int32(), "digest": pa.uint64(),
+})  # fmt: skip
+
+
+def make_row(key, image_id, captions, labels, score, head, read_all, place):
+    """Returns a row of the index. `place`: (path, offset, size) of the image. Raises ValueError if it is damaged."""
+    height, width = measure_image(head, read_all)
+    path, offset, size = place
+    return {
+        "key": key, "image_id": image_id, "captions": captions, "labels": labels, "score": number_or_none(score),
+        "height": height, "width": width, "path": path, "offset": offset, "size": size, "repeats": 1,
+        "digest": hash_image(head, size),
+    }  # fmt: skip
 
 
 def iter_tar_members(shard, report):
-    """Yields (name, offset, size, first bytes) of each file in a tar. Verifies the checksums of the tar headers.
+    """Yields (name, (offset, size, first bytes, is clean)) of each file in a tar. Verifies the headers' checksums.
 
     At a damaged place, calls report(reason), yields None and goes on at the next valid header. Does not stop at blocks
-    of zeros: they end a tar, but are also found in damaged tars and in black images.
+    of zeros: they end a tar, but are also found in damaged tars and in black images. A file is clean if zeros fill up
+    its last block of 512 bytes; anything else comes from another file.
     """
     position = zero_blocks = 0
     long_name = None
@@ -406,8 +576,10 @@ def iter_tar_members(shard, report):
             yield None
         lost = False
         zero_blocks = 0
+        name = (long_name or member.name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if position + member.size > shard.size:
-            report(f"shard cut short: inside {long_name or member.name}")
+            report(f"shard cut short: inside {name}")
+            yield None
             return
         if member.type == tarfile.GNUTYPE_LONGNAME:
             long_name = shard.peek(position, member.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
@@ -416,90 +588,83 @@ def iter_tar_members(shard, report):
             long_name = found[1].decode("utf-8", "surrogateescape") if found else None
         elif member.isreg():
             head = shard.peek(position, min(member.size, HEADER_BYTES))
-            yield long_name or member.name, position, member.size, head
+            end = position + member.size
+            filler = shard.peek(end, min(-member.size % 512, shard.size - end))
+            yield name, (position, member.size, head, not filler.strip(b"\0"))
             long_name = None
+        elif member.islnk() or member.issym():
+            report(f"link instead of a file: {name}; pack with tar --dereference --hard-dereference")
+            yield None
         position += -(-member.size // 512) * 512
     if zero_blocks < 2:
         report("shard cut short: no end-of-archive mark")
+        yield None
+
+
+def split_name(name):
+    """Returns key, inner part and extension of a file's path: "a/b.mask.PNG" → ("a/b", "mask", "png").
+
+    In webdataset, all files of a sample have the same path up to the first dot. An inner part that cannot be the name
+    of a field belongs to the key: "v1.0 a.jpg" → ("v1.0 a", "", "jpg").
+    """
+    folder, _, filename = name.rpartition("/")
+    stem, _, extension = filename.rpartition(".")
+    first, _, inner = stem.partition(".") if not stem.startswith(".") else (stem, "", "")
+    if inner and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", inner):
+        first, inner = stem, ""
+    return f"{folder}/{first}" if folder else first, inner, extension.lower()
+
+
+def split_sample(key, parts):
+    """Yields (key, {extension: member}) of the samples in `parts`, {inner part: {extension: member}}."""
+    for inner, members in parts.items():
+        # an inner part with an image and a caption is a sample of its own; without a file of the plain key, all are
+        is_whole = members.keys() & set(IMAGE_EXTENSIONS) and members.keys() & set(CAPTION_EXTENSIONS)
+        if not inner or is_whole or "" not in parts:
+            yield f"{key}.{inner}" if inner else key, members
 
 
 def group_members(members):
-    """Yields (key, {extension: member}) for each sample. The key is the path up to the first dot of the file name.
-
-    A sample next to a damaged place gets an extra extension, "damage", because one of its files may be lost.
-    """
+    """Yields (key, {extension: member}, whether files may be lost beside damage) of each sample in a tar."""
     current = None
-    sample = {}
+    parts = {}  # {inner part: {extension: member}} of the key `current`
+    was_damaged = False  # before the first file of `current`
     beside_damage = False
     for member in members:
         if member is None:
             beside_damage = True
-            sample["damage"] = None
             continue
-        name, *place = member
-        folder, _, filename = name.rpartition("/")
-        stem, _, extension = filename.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        extension = extension.lower()
-        if key != current or extension in sample:
-            if current is not None:
-                yield current, sample
+        name, place = member
+        if any(map(JUNK.match, name.split("/"))):
+            continue
+        key, inner, extension = split_name(name)
+        if key != current or extension in parts.get(inner, ()):
+            yield from ((*sample, was_damaged or beside_damage) for sample in split_sample(current, parts))
             current = key
-            sample = {"damage": None} if beside_damage else {}
-        sample[extension] = tuple(place)
+            parts = {}
+            was_damaged = beside_damage
+            beside_damage = False
+        was_damaged = was_damaged or beside_damage
         beside_damage = False
-    if current is not None:
-        yield current, sample
-
-
-def read_labels(metadata, name):
-    """Returns a sample's labels in lower case. Raises ValueError if they are no list and no comma-separated string."""
-    labels = metadata.get(name) or []
-    labels = labels.split(",") if isinstance(labels, str) else labels
-    if not isinstance(labels, list):
-        raise ValueError(f"{name} is {labels!r}, not a list or a text")
-    names = [str(label).strip().casefold() for label in labels if label is not None]
-    return list(dict.fromkeys(name for name in names if name))
-
-
-def number_or_none(value):
-    """Returns `value` if it is a number between -2³¹ and 2³¹. Returns None for anything else."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 2**31 else None
-
-
-def oriented_size(image):
-    """Returns an image's (height, width) after EXIF rotation. Raises ValueError for a decompression bomb."""
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"decompression bomb: {width}x{height} px is too large")
-    # a PNG's EXIF may come after the pixels, and Pillow would decode them to look for it
-    has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
-    is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (width, height) if is_turned else (height, width)
-
-
-def measure_image(head, read_all=None):
-    """Returns an image's (height, width), from its first bytes or, if those are not enough, from read_all().
-
-    Raises ValueError if the image cannot be decoded or has more than MAX_IMAGE_PIXELS.
-    """
-    try:
-        return oriented_size(Image.open(io.BytesIO(head)))
-    except Exception:  # Pillow wants all of a WebP, and of a JPEG with long EXIF
-        data = read_all() if read_all is not None else head
-    try:
-        return oriented_size(Image.open(io.BytesIO(data)))
-    except ValueError:
-        raise
-    except Exception as error:  # decoders raise all kinds of errors for damaged files
-        raise ValueError(f"cannot decode image: {error}") from None
+        parts.setdefault(inner, {})[extension] = place
+    yield from ((*sample, was_damaged or beside_damage) for sample in split_sample(current, parts))
 
 
 def read_member(shard, member):
-    """Returns all bytes of a file in a shard. `member` is the file's (offset, size, first bytes)."""
-    offset, size, head = member
+    """Returns all bytes of a file in a shard. `member` is the file's (offset, size, first bytes, is clean)."""
+    offset, size, head, _ = member
     return head if len(head) == size else shard.read(offset, size)
+
+
+def read_sample_captions(shard, members, metadata, fields):
+    """Returns a sample's captions: of its .txt or .caption file, or else of its JSON. Raises ValueError if damaged."""
+    file = next((members[e] for e in CAPTION_EXTENSIONS if e in members), None)
+    captions = decode_captions(read_member(shard, file)) if file else read_captions([metadata.get(fields.caption)])
+    if not captions:
+        raise ValueError("empty caption" if file else "no caption")
+    if file and any(f'"{name}":' in caption for name in metadata for caption in captions):
+        raise ValueError("JSON in the caption")
+    return captions
 
 
 def index_sample(shard, key, members, fields):
@@ -507,53 +672,50 @@ def index_sample(shard, key, members, fields):
     image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if image is None:
         raise ValueError("no image")
-    offset, size, head = members[image]
-    if size == 0:
-        raise ValueError("image of zero bytes")
-    if "txt" not in members:
-        raise ValueError("no caption")
-    if "damage" in members and "json" not in members:
-        raise ValueError("no .json, beside a damaged header")
-    try:
-        caption = read_member(shard, members["txt"]).decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
-    if not caption:
-        raise ValueError("empty caption")
-    try:
-        metadata = json.loads(read_member(shard, members["json"])) if "json" in members else {}
-    except ValueError:
-        raise ValueError("bad JSON") from None
-    if not isinstance(metadata, dict):
-        raise ValueError("JSON is not an object")
+    offset, size, head, _ = members[image]
+    for extension in (image, "json", *CAPTION_EXTENSIONS):
+        if extension in members and not members[extension][-1]:
+            raise ValueError(f"blocks of another file: at the end of .{extension}")
+    metadata = parse_object(read_member(shard, members["json"])) if "json" in members else {}
+    captions = read_sample_captions(shard, members, metadata, fields)
     image_id = str(metadata.get("image_id") or f"{shard.path.rpartition('/')[2]}/{key}")
-    if not image_id.isprintable():  # a lone surrogate, for instance
+    if not is_text(image_id):
         raise ValueError("image_id is not text")
-    height, width = measure_image(head, lambda: read_member(shard, members[image]))
-    return {
-        "key": key, "image_id": image_id, "caption": caption, "labels": read_labels(metadata, fields.labels),
-        "width": width, "height": height, "score": number_or_none(metadata.get(fields.score)),
-        "path": shard.path, "offset": offset, "size": size,
-    }  # fmt: skip
+    labels = read_labels(metadata, fields.labels)
+    score = metadata.get(fields.score)
+    place = (shard.path, offset, size)
+    return make_row(key, image_id, captions, labels, score, head, lambda: read_member(shard, members[image]), place)
 
 
 def index_shard(shard, fields):
     """Returns two lists: the shard's index rows, and a {"shard", "key", "reason"} for each damaged place or sample."""
     rows, damage = [], []
     seen = set()
+    without_json = []  # (row, is beside damage)
 
     def report(reason, key=None):
         damage.append({"shard": shard.path, "key": key, "reason": reason})
 
-    for key, members in group_members(iter_tar_members(shard, report)):
+    for key, members, beside_damage in group_members(iter_tar_members(shard, report)):
         if key in seen:
             report("duplicate key", key)
             continue
         seen.add(key)
         try:
-            rows.append(index_sample(shard, key, members, fields))
+            row = index_sample(shard, key, members, fields)
         except ValueError as error:
             report(str(error), key)
+            continue
+        rows.append(row)
+        if "json" not in members:
+            without_json.append((row, beside_damage))
+    # a .json is missed where nearly all samples have one, and beside damage if any sample has one
+    is_rare = len(without_json) <= len(rows) / 8
+    all_lack_it = len(without_json) == len(rows) > 1
+    for row, beside_damage in without_json:
+        if is_rare or beside_damage and not all_lack_it:
+            rows.remove(row)
+            report("no .json: nearly all samples of the shard have one, or it is beside damage", row["key"])
     return rows, damage
 
 
@@ -561,8 +723,7 @@ def cached_index_shard(path, cache_dir, fields):
     """Returns a shard's index as a table. Reads the shard only if `cache_dir` has no table for its current stamp."""
     shard = Shard(path, cache_dir.parent)
     name = path if is_remote(path) else os.path.abspath(path)
-    cache_key = f"{INDEX_VERSION} {name} {shard.stamp} {fields.labels} {fields.score}"
-    cached = cache_dir / f"{hash_text(cache_key):016x}.parquet"
+    cached = cache_dir / f"{hash_text(f'{INDEX_VERSION} {name} {shard.stamp} {fields}'):016x}.parquet"
     if not cached.exists():
         rows, damage = index_shard(shard, fields)
         notes = {"damage": json.dumps(damage), "stamp": json.dumps({path: shard.stamp})}
@@ -573,17 +734,168 @@ def cached_index_shard(path, cache_dir, fields):
     return pa.parquet.read_table(cached)
 
 
-def load_table(flag, source, fields, config_name=None, cache_dir=None):
-    """Loads the table that --train_data_dir or --dataset_name gives, without decoding its images.
+def list_folder(folder, excluded, report, above=()):
+    """Yields the path of each file in a folder and in all folders below it, also behind links, in a fixed order.
 
-    Raises InputError naming the flag if the table does not load, lacks a column, or its image column has no images.
+    Leaves out the paths in `excluded`, hidden files and folders, and folders that a run of the trainer wrote.
     """
+    real = os.path.realpath(folder)
+    if real in above or real in excluded:  # a link to a folder above it would never end
+        return
+    try:
+        names = sorted(name for name in os.listdir(folder) if not JUNK.match(name))
+    except OSError as error:
+        report(f"cannot read the folder: {error.strerror}", folder)
+        return
+    if above and {"config.yaml", "run.json"} <= set(names):
+        report("hidden: the output of a run", folder)
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            report("hidden: its name begins with a dot", path)
+        elif not is_text(name):
+            report("file name is not UTF-8", path)
+        elif not os.path.isdir(path):
+            yield path
+    for path in filter(os.path.isdir, (os.path.join(folder, name) for name in names if not name.startswith("."))):
+        yield from list_folder(path, excluded, report, (*above, real))
+
+
+def read_metadata(path):
+    """Returns {place: row} of a metadata.jsonl, .csv or .parquet file. Raises InputError if it is damaged."""
+    rows = {}
+    place = "row 0"
+    try:
+        if path.endswith(".parquet"):
+            rows = {f"row {n}": row for n, row in enumerate(pa.parquet.read_table(path).to_pylist())}
+        elif path.endswith(".csv"):
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                rows = {f"line {reader.line_num}": row for row in reader}
+        else:
+            for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+                place = f"line {number}"
+                if line.strip():
+                    rows[place] = parse_object(line)
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        raise InputError(f"--train_data_dir: {path} {place}: {error}") from error
+    columns = dict.fromkeys(str(name) for row in rows.values() for name in row)
+    if columns and "file_name" not in columns:
+        raise InputError(f"--train_data_dir: {path} has columns {', '.join(columns)}; expected file_name and others")
+    return rows
+
+
+def same_path(path):
+    """Returns a path in the form in which paths are compared. Macs write é as two characters, others as one."""
+    return unicodedata.normalize("NFC", os.path.normpath(path))
+
+
+class FolderFiles:
+    """The images, caption files and metadata in folders. Keys are paths as same_path() gives them."""
+
+    def __init__(self, sources, excluded, report):
+        self.images = {}  # {path: (path on disk, its folder in `sources`)}
+        self.captions = {}  # {(path without extension, extension): path on disk}
+        self.rows = {}  # {path: [rows of metadata that name this image]}
+        self.described = set()  # folders that have metadata
+        metadata = []
+        for source in sources:
+            for path in list_folder(source, excluded, report):
+                stem, extension = os.path.splitext(same_path(path))
+                extension = extension[1:].lower()
+                if os.path.basename(path) in METADATA_FILES:
+                    metadata.append((path, source))
+                elif extension in CAPTION_EXTENSIONS:
+                    self.captions[stem, extension] = path
+                elif extension in IMAGE_EXTENSIONS + UNREADABLE_EXTENSIONS:
+                    self.images.setdefault(same_path(path), (path, source))
+        for path, source in metadata:
+            self.described.add(same_path(os.path.dirname(path)))
+            for place, row in read_metadata(path).items():
+                image = self.find_image(os.path.dirname(path), row.get("file_name"))
+                if image is None:
+                    report(f"no such image: {row.get('file_name')}", path, place)
+                else:
+                    self.images.setdefault(same_path(image), (image, source))
+                    self.rows.setdefault(same_path(image), []).append(row)
+
+    def find_image(self, folder, name):
+        """Returns the path of the image that metadata in `folder` calls `name`, or None if there is none."""
+        if not isinstance(name, str) or not name:
+            return None
+        paths = [os.path.join(folder, name), os.path.join(folder, name.replace("\\", "/"))]  # written on Windows
+        return next((path for path in paths if same_path(path) in self.images or os.path.isfile(path)), None)
+
+    def find_captions(self, path, fields):
+        """Returns an image's captions, wherever they are. Raises ValueError if it has none, or damaged ones."""
+        captions = read_captions([row.get(fields.caption) for row in self.rows.get(path, ())])
+        files = [self.captions.get((os.path.splitext(path)[0], extension)) for extension in CAPTION_EXTENSIONS]
+        for file in filter(None, files):
+            captions = captions or decode_captions(Path(file).read_bytes())
+        if not captions and fields.instance_prompt:
+            captions = [fields.instance_prompt]
+        if not captions and path not in self.rows and self.described & set(map(str, Path(path).parents)):
+            raise ValueError("not in the metadata: and without a caption file")
+        if not captions:
+            raise ValueError("empty caption" if any(files) else "no caption")
+        return captions
+
+
+def folder_class(path, source):
+    """Returns the class of an image by the first folder below `source`, and its repeats: "10_cat" → ("cat", 10)."""
+    parts = Path(os.path.relpath(path, source)).parts
+    if len(parts) < 2 or parts[0] == "..":
+        return None, 1
+    repeats, name = re.fullmatch(r"(?:(\d+)_(?=.))?(.+)", parts[0], re.DOTALL).groups("1")
+    return name.strip().casefold(), int(repeats)
+
+
+def index_folders(sources, fields, excluded=()):
+    """Returns the index rows of all images in folders, a list of the damage, and {path: stamp} of the images.
+
+    An image's label is in the metadata, or else its first folder is. `excluded` holds real paths that are left out.
+    """
+    sources = [os.path.abspath(os.path.expanduser(source)) for source in sources]
+    root = os.path.commonpath(sources)
+    rows, damage, stamps = [], [], {}
+
+    def report(reason, path, place=None):
+        key = os.path.relpath(path, root).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        damage.append({"shard": root, "key": f"{key} {place}" if place else key, "reason": reason})
+
+    files = FolderFiles(sources, excluded, report)
+    for same, (path, source) in files.images.items():
+        try:
+            captions = files.find_captions(same, fields)
+            described = files.rows.get(same, [])
+            labels = list(dict.fromkeys(name for row in described for name in read_labels(row, fields.labels)))
+            with open(path, "rb") as file:
+                head = file.read(HEADER_BYTES)
+                stat = os.fstat(file.fileno())
+            key = os.path.relpath(path, root)
+            ids = [str(row["image_id"]) for row in described if row.get("image_id")]
+            scores = [row[fields.score] for row in described if row.get(fields.score) is not None]
+            place = (path, 0, stat.st_size)
+            read_all = Path(path).read_bytes
+            row = make_row(key, [*ids, key][0], captions, labels, [*scores, None][0], head, read_all, place)
+        except (ValueError, OSError) as error:
+            report(str(error), path)
+            continue
+        name, repeats = folder_class(path, source)
+        if name and not labels:
+            row |= {"labels": [name], "repeats": repeats}
+        rows.append(row)
+        stamps[path] = f"{stat.st_size} {stat.st_mtime}"
+    return rows, damage, stamps
+
+
+def load_table(flag, source, fields, config_name=None, cache_dir=None):
+    """Loads the table that --dataset_name gives, without decoding images. Raises InputError naming what is wrong."""
     import datasets
 
     try:
-        if flag == "--train_data_dir":
-            table = datasets.load_dataset("imagefolder", data_dir=source, split="train", cache_dir=cache_dir)
-        elif (Path(source) / "dataset_info.json").exists() or (Path(source) / "dataset_dict.json").exists():
+        if (Path(source) / "dataset_info.json").exists() or (Path(source) / "dataset_dict.json").exists():
             table = datasets.load_from_disk(source)
             table = table["train"] if isinstance(table, datasets.DatasetDict) else table
         else:
@@ -591,42 +903,97 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
     except Exception as error:  # the libraries below raise all kinds of errors
         raise InputError(f"{flag}: {source}: {error}") from error
     for column_flag, column in (("--image_column", fields.image), ("--caption_column", fields.caption)):
-        if column not in table.column_names:
+        is_needed = column_flag == "--image_column" or not fields.instance_prompt
+        if is_needed and column not in table.column_names:
             raise InputError(f"{column_flag}: {source} has columns {', '.join(table.column_names)}; found no {column}")
     if not isinstance(table.features[fields.image], datasets.Image):
         raise InputError(f"--image_column: {fields.image} of {source} holds no images")
     return table.cast_column(fields.image, datasets.Image(decode=False))
 
 
-def index_table(table, source, is_folder, fields):
+def index_table(table, source, fields):
     """Returns two lists: the table's index rows, and a {"shard", "key", "reason"} for each damaged row."""
     rows, damage = [], []
+    feature = table.features.get(fields.labels)
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel, or a list of them
+    ids = {}  # {hash of an image: image_id}, so that rows with one image and no image_id share one
     for number, row in enumerate(table):
         image = row[fields.image] or {}
-        caption = row[fields.caption]
-        if isinstance(caption, list):
-            caption = next(iter(caption), None)
-        caption = str(caption or "").strip()
-        path = image.get("path")
-        data = image.get("bytes")
-        name = os.path.relpath(path, source) if is_folder else f"row {number}"
-        place = {"path": IN_TABLE, "offset": number, "size": -1}
+        name = f"row {number}"
         try:
-            if not caption:
+            captions = read_captions([row.get(fields.caption)])
+            if not captions and not fields.instance_prompt:
                 raise ValueError("no caption")
+            data = image.get("bytes")
+            place = (IN_TABLE, number, -1)
             if data is None:
-                data = Path(path).read_bytes()
-                place = {"path": path, "offset": 0, "size": len(data)}
-            height, width = measure_image(data)
+                data = Path(image["path"]).read_bytes()
+                place = (image["path"], 0, len(data))
+            if names is not None:
+                codes = row[fields.labels] if isinstance(row[fields.labels], list) else [row[fields.labels]]
+                row[fields.labels] = [names[code] for code in codes if code is not None and code >= 0]
             labels = read_labels(row, fields.labels)
-        except (ValueError, TypeError, OSError) as error:
+            image_id = str(row.get("image_id") or ids.setdefault(hash_image(data, len(data)), name))
+            captions = captions or [fields.instance_prompt]
+            rows.append(make_row(name, image_id, captions, labels, row.get(fields.score), data, None, place))
+        except (ValueError, TypeError, KeyError, OSError) as error:
             damage.append({"shard": source, "key": name, "reason": str(error)})
-            continue
-        rows.append({
-            "key": name, "image_id": str(row.get("image_id") or name), "caption": caption, "labels": labels,
-            "width": width, "height": height, "score": number_or_none(row.get(fields.score)), **place,
-        })  # fmt: skip
     return rows, damage
+
+
+def damage_kind(entry):
+    """Returns the kind of a damage entry: its reason up to the first colon, such as "bad tar header"."""
+    return entry["reason"].partition(":")[0]
+
+
+def count_damaged(damage):
+    """Returns the number of damaged samples. A damaged shard in which no damaged sample is known counts as one."""
+    damage = [entry for entry in damage if damage_kind(entry) not in LEFT_OUT]
+    named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
+    cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
+    return len(named) + len(cut_shards)
+
+
+def merge_rows(table, damage):
+    """Merges rows with one image_id and one image. Returns the table, and `damage` with those of another image."""
+    ids = table.column("image_id").to_pylist()
+    if len(set(ids)) == len(ids):
+        return table, damage
+    damage = list(damage)
+    merged = {}
+    for row in table.to_pylist():
+        first = merged.setdefault(row["image_id"], row)
+        if row["digest"] != first["digest"]:
+            reason = f"duplicate image_id: {row['image_id']}"
+            damage.append({"shard": row["path"], "key": row["key"], "reason": reason})
+        elif row is not first:
+            for name in ("captions", "labels"):
+                first[name] = list(dict.fromkeys(first[name] + row[name]))
+    return pa.Table.from_pylist(list(merged.values()), INDEX_SCHEMA), damage
+
+
+def leave_out_small(table, damage, min_size):
+    """Removes images with a side below `min_size` px. Returns the table, and `damage` with a note for each."""
+    sides = np.minimum(table.column("width").to_numpy(), table.column("height").to_numpy())
+    damage = list(damage)
+    for row in table.filter(pa.array(sides < min_size)).to_pylist():
+        reason = f"too small: {row['width']} x {row['height']} px"
+        damage.append({"shard": row["path"], "key": row["key"], "reason": reason})
+    return table.filter(pa.array(sides >= min_size)), damage
+
+
+def add_trigger_word(table, trigger_word, joiner):
+    """Returns the table with the trigger word in front of all captions that do not begin with it."""
+    begins = re.compile(re.escape(trigger_word) + r"(?!\w)")
+    rows = table.column("captions").to_pylist()
+    rows = [[text if begins.match(text) else f"{trigger_word}{joiner}{text}" for text in texts] for texts in rows]
+    return table.set_column(table.column_names.index("captions"), "captions", [rows])
+
+
+def is_held_out(image_ids, fraction):
+    """Returns for each image whether --val_fraction holds it out, bool (N,). At least one is held out."""
+    draws = uniform(HOLD_OUT, np.array([hash_text(i) for i in image_ids], dtype=np.uint64))
+    return draws < max(fraction, draws.min() + 1e-12)
 
 
 @dataclass(frozen=True)
@@ -668,34 +1035,21 @@ class Index:
             return rows, self.label_codes[self.label_starts[rows]], np.ones(len(rows))
         return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
+    def count_repeats(self, choice):
+        """Returns {class: images, each times its folder's repeats}, or None if no folder's name has repeats."""
+        repeats = self.table.column("repeats").to_numpy()
+        if (repeats == 1).all():
+            return None
+        rows, codes, weights = self.label_weights(choice)
+        counts = np.bincount(codes, weights=weights * repeats[rows], minlength=len(self.label_names))
+        return dict(zip(self.label_names, counts.tolist()))
+
     def fingerprint(self):
         """Returns a hash of all ids, captions, labels and scores, whatever the order of the samples."""
-        columns = [self.table.column(name).to_pylist() for name in ("image_id", "caption", "labels", "score")]
+        columns = [self.table.column(name).to_pylist() for name in ("image_id", "captions", "labels", "score")]
+        columns[1] = [texts[0] if len(texts) == 1 else texts for texts in columns[1]]  # as older versions hashed them
         digest = np.bitwise_xor.reduce([np.uint64(hash_text(repr(row))) for row in zip(*columns)])
         return f"{len(self)}-{int(digest):016x}"
-
-
-def damage_kind(entry):
-    """Returns the kind of a damage entry: its reason up to the first colon, such as "bad tar header"."""
-    return entry["reason"].partition(":")[0]
-
-
-def count_damaged(damage):
-    """Returns the number of damaged samples. A damaged shard in which no damaged sample is known counts as one."""
-    named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
-    cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
-    return len(named) + len(cut_shards)
-
-
-def drop_duplicates(table, damage):
-    """Keeps the first row of each image_id. Returns the table, and `damage` with the removed rows added."""
-    ids = np.array([hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
-    kept = np.sort(np.unique(ids, return_index=True)[1])
-    dropped = table.take(np.setdiff1d(np.arange(len(ids)), kept)).to_pylist()
-    for row in dropped:
-        reason = f"duplicate image_id: {row['image_id']}"
-        damage = [*damage, {"shard": row["path"], "key": row["key"], "reason": reason}]
-    return table.take(kept) if dropped else table, damage
 
 
 def make_index(table, damage, total=None, stamps=None, images=None, image_column="image"):
@@ -717,12 +1071,12 @@ def make_index(table, damage, total=None, stamps=None, images=None, image_column
 
 
 # -----------------------------------------------------------------------------
-# 4 Plan
+# 5 Plan
 # -----------------------------------------------------------------------------
 
 
 # Seam: which samples are trained on. Contract: acceptance(step) has a number in [0, 1] per label and one for no label.
-class SpeciesMix:
+class ClassMix:
     """Class probabilities p = (1 - m) · uniform + m · data. The weight m changes with the optimizer step.
 
     Let a(s) be the share of class s among labelled samples, and c the smallest a / p. A sample of class s is accepted
@@ -740,7 +1094,7 @@ class SpeciesMix:
         self.absent = sorted(set(counts) - {name for name, arrives in zip(self.names, self.support) if arrives})
         data = np.where(self.support, [counts.get(name, 0.0) for name in self.names], 0.0)
         if self.support.any() and data.sum() == 0:
-            raise InputError("--species_csv: none of its species is in the data; check --species_key and the spelling")
+            raise InputError("--class_csv: none of its classes is in the data; check --class_key and the spelling")
         self.data = data / max(data.sum(), 1e-300)
         self.uniform = self.support / max(self.support.sum(), 1)
 
@@ -828,7 +1182,7 @@ class SamplePlan:
                 cursor[:] = [cursor[0] + 1, 0]
                 epochs += 1
                 if epochs > MAX_EMPTY_EPOCHS:
-                    raise RuntimeError(f"--species_mix: no sample was accepted in {MAX_EMPTY_EPOCHS} epochs")
+                    raise RuntimeError(f"--class_mix: no sample was accepted in {MAX_EMPTY_EPOCHS} epochs")
                 continue
             arriving = slice(cursor[1], cursor[1] + 65536)
             accepted = np.flatnonzero(draws[arriving] < acceptance[order_labels[arriving]])
@@ -871,12 +1225,30 @@ class MicroBatches:
 
 
 # -----------------------------------------------------------------------------
-# 5 Images and batches
+# 6 Images and batches
 # -----------------------------------------------------------------------------
 
 
+def to_srgb(image, profile):
+    """Returns an image in the colours of sRGB, and why its colour profile was ignored, or None."""
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    problem = None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" not in ImageCms.getProfileDescription(source).casefold():
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        problem = f"colour profile ignored: {' '.join(str(error).split())}"
+    if alpha is not None:
+        image = image.convert("RGB")
+        image.putalpha(alpha)
+    return image, problem
+
+
 def open_image(data, cover=None):
-    """Returns an image as RGB, upright and on white, and the (height, width) of its file.
+    """Returns an image as RGB, upright and on white; the (height, width) of its file; its broken profile or None.
 
     Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result has at least the size `cover`, (height, width). That is
     four times as fast. Raises ValueError if the image is damaged, cut short or a decompression bomb.
@@ -888,6 +1260,7 @@ def open_image(data, cover=None):
             is_turned = original_size != (image.height, image.width)
             image.draft(None, cover if is_turned else cover[::-1])
         image.load()
+        profile = image.info.get("icc_profile")
         if image.format == "PNG":
             original_size = oriented_size(image)  # now with the EXIF from behind the pixels
         ImageOps.exif_transpose(image, in_place=True)  # without in_place an upright image would be copied
@@ -895,10 +1268,11 @@ def open_image(data, cover=None):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     except Exception as error:  # decoders raise all kinds of errors for damaged files
         raise ValueError(f"cannot decode image: {error}") from None
+    image, problem = to_srgb(image, profile) if profile else (image, None)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB"), original_size
+    return image if image.mode == "RGB" else image.convert("RGB"), original_size, problem
 
 
 # Seam: buckets. Contract: (height, width) in multiples of BUCKET_STEP px; a row keeps its bucket for the whole run.
@@ -947,17 +1321,24 @@ def scale_aesthetic(value, scale):
     return AESTHETIC_SCORE if value is None else min(max(value / scale, 1.0), 10.0)
 
 
+@dataclass
 class ImageDataset:
     """Decodes and crops images. A request is (row, label, step, position); position counts the samples of the run."""
 
-    def __init__(
-        self, index, seed, resolution, crop, random_flip, interpolation, cache_dir=None, aesthetic_scale=10.0
-    ):
-        self.index, self.seed, self.cache_dir, self.aesthetic_scale = index, seed, cache_dir, aesthetic_scale
-        self.resolution, self.crop, self.random_flip = resolution, crop, random_flip
-        self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
-        self.bucket_sizes = index.bucket_sizes or [(resolution, resolution)]
-        self.shards = {}  # (process, path) → Shard
+    index: Index
+    seed: int
+    resolution: int
+    crop: str
+    random_flip: bool
+    interpolation: str  # as --image_interpolation_mode
+    cache_dir: object = None
+    aesthetic_scale: float = 10.0
+    tags: TagDraws = TagDraws()
+    shards: dict = field(default_factory=dict)  # {(process, path): Shard}
+
+    @property
+    def bucket_sizes(self):
+        return self.index.bucket_sizes or [(self.resolution, self.resolution)]
 
     def bucket_size(self, i):
         """Returns the (height, width) to which row i is cropped."""
@@ -978,37 +1359,52 @@ class ImageDataset:
         return shard.read(row["offset"], row["size"])
 
     def open(self, row, bucket):
-        """Returns a row's image and the (height, width) of its file. Raises ValueError if the image is damaged."""
-        image, original_size = open_image(self.read(row), bucket)
+        """Returns what open_image() returns for a row. Raises ValueError if the image is damaged."""
+        image, original_size, problem = open_image(self.read(row), bucket)
         if len(self.bucket_sizes) > 1 and original_size != (row["height"], row["width"]):
             raise ValueError("EXIF behind the pixels turns the image: wrong bucket")
-        return image, original_size
+        return image, original_size, problem
 
     def is_flipped(self, row, step):
         return self.random_flip and bool(uniform(FLIP, self.seed, hash_text(row["image_id"]), step) < 0.5)
 
     def crop_window(self, row, bucket, step, flipped):
-        """Returns a row's crop: pixels (3, H, W) uint8, original size, crop offset and target size."""
+        """Returns a row's crop: pixels (3, H, W) uint8, original size, crop offset, target size, problem or None."""
         import torch
 
-        image, original_size = self.open(row, bucket)
+        image, original_size, problem = self.open(row, bucket)
         height, width = bucket
-        image = ImageOps.cover(image, (width, height), self.interpolation)
-        if flipped:
-            image = ImageOps.mirror(image)
+        scale = max(height / image.height, width / image.width)
+        scaled_height = max(height, round(image.height * scale))
+        scaled_width = max(width, round(image.width * scale))
         if self.crop == "random_ar":
             u = float(uniform(CROP, self.seed, hash_text(row["image_id"]), step))
-            top, left = random_ar_crop(image.height, image.width, height, u)
+            top, left = random_ar_crop(scaled_height, scaled_width, height, u)
         else:
-            top, left = center_crop(image.height, image.width, bucket)
-        image = image.crop((left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        sizes = {"original_sizes": original_size, "crop_top_lefts": (top, left), "target_sizes": bucket}
-        return {"pixels": pixels, **sizes}
+            top, left = center_crop(scaled_height, scaled_width, bucket)
+        # (top, left) are in px of the scaled and mirrored image. Only the window is scaled, so that a spacer of
+        # 1920 x 1 px takes no more memory than any other image.
+        start = scaled_width - left - width if flipped else left
+        across = image.width / scaled_width
+        down = image.height / scaled_height
+        box = (start * across, top * down, (start + width) * across, (top + height) * down)
+        box = np.minimum(box, (image.width, image.height) * 2).tolist()  # rounding may pass the border
+        resampling = Image.Resampling[self.interpolation.removesuffix("_exact").upper()]
+        image = image.resize((width, height), resampling, box)
+        if flipped:
+            image = ImageOps.mirror(image)
+        return {
+            "pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),
+            "original_sizes": original_size,
+            "crop_top_lefts": (top, left),
+            "target_sizes": bucket,
+            "problems": problem,
+        }
 
-    def load(self, row, bucket, step):
+    def load(self, row, request):
         """Returns a row's crop, as crop_window() does. The step decides its position and whether it is mirrored."""
-        return self.crop_window(row, bucket, step, self.is_flipped(row, step))
+        i, _, step, _ = request
+        return self.crop_window(row, self.bucket_size(i), step, self.is_flipped(row, step))
 
     def flips(self, rows):
         """Returns a list: the crop of rows[0] and, with random_flip, its mirror image. Returns a reason if damaged."""
@@ -1047,19 +1443,23 @@ class ImageDataset:
         raise ValueError(f"{shard}: {MAX_DAMAGED_IN_A_ROW} damaged images in a row, first {key}")
 
     def make_item(self, request, load, same_bucket=False):
-        """Returns the sample for a request. load(row, bucket, step) gives its pixels or its encodings."""
-        i, label, step, position = request
-        bucket = self.bucket_size(i)
-        row, loaded, damage = self.first_intact(i, label, lambda row: load(row, bucket, step), same_bucket)
+        """Returns the sample for a request. load(row, request) gives its pixels or its encodings."""
+        i, label, _, position = request
+        row, loaded, damage = self.first_intact(i, label, lambda row: load(row, request), same_bucket)
+        replaced = bool(damage)
+        problem = loaded.pop("problems")
+        if problem:
+            damage.append({"shard": row["path"], "key": row["key"], "reason": problem})
+        caption = row["captions"][choose_caption(row["captions"], self.seed, position)]
         return {
             **loaded,
-            "captions": row["caption"],
+            "captions": self.tags.draw(caption, self.seed, position),
             "aesthetic_scores": scale_aesthetic(row["score"], self.aesthetic_scale),
             "species": self.index.label_names[label] if label >= 0 else None,
             "keys": row["key"],
             "sample_seeds": torch_seed(SAMPLE, self.seed, position),
             "positions": position,
-            "replaced": bool(damage),
+            "replaced": replaced,
             "skipped": damage,
         }
 
@@ -1081,13 +1481,15 @@ class EncodedDataset:
         self.latents = latents
         self.embeddings = embeddings
 
-    def load(self, row, bucket, step):
+    def load(self, row, request):
+        _, _, step, position = request
         if self.latents is not None:
             loaded = self.latents.read(row["image_id"], self.images.is_flipped(row, step))
         else:
-            loaded = self.images.load(row, bucket, step)
+            loaded = self.images.load(row, request)
         if self.embeddings is not None:
-            loaded |= self.embeddings.read(row["image_id"])
+            number = choose_caption(row["captions"], self.images.seed, position)
+            loaded |= self.embeddings.read(row["image_id"], number)
         return loaded
 
     def __getitem__(self, request):
@@ -1120,19 +1522,14 @@ def make_loader(dataset, batch_sampler, workers, pin_memory):
     """Returns a DataLoader. `workers` processes prepare batches in advance; if 0, this process makes them itself."""
     from torch.utils.data import DataLoader
 
+    options = {"num_workers": workers, "pin_memory": pin_memory, "prefetch_factor": 4 if workers else None}
     return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_signals,
+        dataset, batch_sampler=batch_sampler, collate_fn=collate, worker_init_fn=ignore_signals, **options
     )
 
 
 # -----------------------------------------------------------------------------
-# 6 Encoding cache
+# 7 Encoding cache
 # -----------------------------------------------------------------------------
 
 
@@ -1199,7 +1596,7 @@ class EncodingCache:
 
 
 # -----------------------------------------------------------------------------
-# 7 Preview
+# 8 Preview
 # -----------------------------------------------------------------------------
 
 
@@ -1211,7 +1608,7 @@ def describe_data(dataset, plan, steps, caption_tokens):
     cut = 1 - scales.min(axis=1) / scales.max(axis=1)
     bucket_images = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
     columns = zip(plan.arrivals[:, :-1].sum(axis=0), plan.mix.data, plan.mix.target(0), plan.mix.target(last))
-    species = [dict(zip(("images", "data", "at_start", "at_end"), map(float, row))) for row in columns]
+    classes = [dict(zip(("images", "data", "at_start", "at_end"), map(float, row))) for row in columns]
     columns = zip(dataset.bucket_sizes, bucket_images, plan.bucket_weights(0), plan.bucket_weights(last))
     buckets = [{"size": size, "images": int(n), "at_start": start, "at_end": end} for size, n, start, end in columns]
     fields = index.table.column("score").to_pylist()
@@ -1222,7 +1619,7 @@ def describe_data(dataset, plan, steps, caption_tokens):
         "damaged": dict(Counter(map(damage_kind, index.damage))),
         "damaged_samples": index.damage[:100],
         "unlabelled": int(plan.arrivals[:, -1].sum()),
-        "species": dict(zip(plan.mix.names, species)),
+        "classes": dict(zip(plan.mix.names, classes)),
         "buckets": buckets,
         "cut_off": {"median": float(np.median(cut)), "most": float(cut.max())},
         "scaled_up": {"images": int((scales.max(axis=1) > 1).sum()), "most": float(scales.max())},
@@ -1263,7 +1660,7 @@ def draw_contact_sheet(dataset, requests, columns=4):
         item = dataset[request]
         height, width = bucket = item["target_sizes"]
         top, left = item["crop_top_lefts"]
-        row, (image, original), _ = dataset.first_intact(i, label, lambda row, b=bucket: dataset.open(row, b))
+        row, (image, original, _), _ = dataset.first_intact(i, label, lambda row, b=bucket: dataset.open(row, b))
         if dataset.is_flipped(row, step):
             image = ImageOps.mirror(image)
         image.thumbnail((280, 280))
@@ -1278,11 +1675,11 @@ def draw_contact_sheet(dataset, requests, columns=4):
     return figure
 
 
-def draw_species(species, most=60):
+def draw_classes(classes, most=60):
     """Returns a matplotlib Figure of class probabilities. Shows only the commonest and rarest if there are many."""
     from matplotlib.figure import Figure
 
-    names = sorted(species, key=lambda name: -species[name]["data"])
+    names = sorted(classes, key=lambda name: -classes[name]["data"])
     if len(names) > most:
         names = names[: most // 2] + names[-most // 2 :]
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
@@ -1291,8 +1688,8 @@ def draw_species(species, most=60):
     kinds = {"data": "share of the data", "at_start": "sampled at step 1", "at_end": "sampled at the last step"}
     for n, (kind, title) in enumerate(kinds.items()):
         colour = ("#b8b8b8", "#2a7fd4", "#e08a1e")[n]
-        axes.barh(places + 0.27 * (n - 1), [species[name][kind] for name in names], 0.25, color=colour, label=title)
-    labels = [f"{make_label(name, 26)} ({species[name]['images']:.0f})" for name in names]
+        axes.barh(places + 0.27 * (n - 1), [classes[name][kind] for name in names], 0.25, color=colour, label=title)
+    labels = [f"{make_label(name, 26)} ({classes[name]['images']:.0f})" for name in names]
     axes.set_yticks(places, labels, family=label_fonts()[0])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("probability (number of images in brackets)")

@@ -3,7 +3,7 @@
 
 One GPU or a laptop:
     python train_sdxl_lora.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
-        --train_shards data/train --species_csv manifests/train_species.csv --output_dir runs/pokefa \\
+        --train_shards data/train --class_csv manifests/train_species.csv --output_dir runs/pokefa \\
         --mixed_precision bf16 --train_batch_size 4 --rank 32 --max_train_steps 10000
 
 N GPUs, the same flags:
@@ -121,6 +121,20 @@ def raise_if_stopping(accelerator):
         raise Preempted
 
 
+def run_on_main(accelerator, action):
+    """Calls action() on the main process only. All ranks return its result, or raise the InputError that it raised."""
+    answer = None
+    if accelerator.is_main_process:
+        try:
+            answer = action()
+        except InputError as error:
+            answer = error
+    answer = broadcast_object_list([answer])[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
 # -----------------------------------------------------------------------------
 # 1 Arguments
 # -----------------------------------------------------------------------------
@@ -172,14 +186,25 @@ def add_data_arguments(parser):
     add = parser.add_argument_group("Data", "one of --train_shards, --train_data_dir, --dataset_name").add_argument
     add("--train_shards", nargs="+", metavar="TAR",
         help="WebDataset shards: .tar files, folders of them, brace patterns; also s3://, https:// and pipe:COMMAND")
-    add("--val_shards", nargs="+", metavar="TAR", help="shards for the validation loss")
-    add("--train_data_dir", metavar="DIR", help="image folder with metadata.jsonl (datasets' imagefolder layout)")
+    add("--train_data_dir", nargs="+", metavar="DIR",
+        help="folders of images with metadata.jsonl, .csv or .parquet, or with a .txt or .caption file per image; "
+        "the first folder below DIR is the class, 10_NAME gives it the weight 10")
     add("--dataset_name", metavar="PATH|ID", help="dataset on the hub or on disk")
     add("--dataset_config_name", metavar="NAME", help="configuration of --dataset_name")
-    add("--image_column", default="image", metavar="NAME", help="image column of --train_data_dir or --dataset_name")
-    add("--caption_column", default="text", metavar="NAME", help="caption column; of lists the first entry is used")
+    add("--val_shards", nargs="+", metavar="TAR", help="shards for the validation loss")
+    add("--val_fraction", type=float, metavar="P", help="hold out this fraction of the training images for validation")
+    add("--image_column", default="image", metavar="NAME", help="image column of --dataset_name")
+    add("--caption_column", default="text", metavar="NAME",
+        help="caption column of metadata or a table; of several captions one is drawn each time")
+    add("--instance_prompt", metavar="TEXT", help="caption of images without one; not with --train_shards")
+    add("--trigger_word", metavar="TEXT", help="put before every caption that does not begin with it")
+    add("--shuffle_tags", **switch, help="shuffle the tags of a caption each time it is used")
+    add("--tag_dropout", type=float, default=0.0, metavar="P", help="probability of leaving out a tag each time")
+    add("--keep_tags", type=int, default=0, metavar="N", help="first N tags that are neither moved nor left out")
+    add("--tag_separator", default=",", metavar="TEXT", help="what separates tags")
     add("--max_train_samples", type=int, metavar="N", help="train on only N samples, chosen by --seed")
     add("--max_bad_fraction", type=float, default=0.05, metavar="P", help="stop if more of the samples are damaged")
+    add("--min_image_size", type=int, metavar="PX", help="leave out smaller images; skipped.jsonl lists them")
     add("--cache_dir", metavar="DIR", help="for downloads, shard copies, index and encodings (default: --output_dir)")
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
     add("--crop", choices=["random_ar", "center", "bucket"],
@@ -189,14 +214,17 @@ def add_data_arguments(parser):
     add("--random_flip", **switch, help="mirror half of the images")
     modes = ["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
     add("--image_interpolation_mode", choices=modes, default="lanczos", help="how images are resized")
-    add("--species_csv", metavar="FILE",
-        help="class counts: columns pokemon (or species) and count (default: counted from the data)")
-    add("--species_key", default="species_list", metavar="NAME", help="JSON field or column with the class labels")
-    add("--species_choice", choices=["first", "random"], default="random", help="which of several labels counts")
-    add("--species_mix", nargs=3, type=float, default=[0.2, 0.95, 6000], metavar=("START", "END", "STEPS"),
-        help="p(class) = (1 - m) / classes + m * frequency; m goes from START to END over STEPS: balanced first, "
-        "natural later")
-    add("--species_mix_schedule", choices=["linear", "cosine"], default="linear", help="how m goes from START to END")
+    add("--class_csv", "--species_csv", metavar="FILE",
+        help="class counts: columns class (or pokemon, species) and count (default: counted from the data)")
+    add("--class_key", "--species_key", default="species_list", metavar="NAME",
+        help="JSON field or column with the class labels")
+    add("--class_choice", "--species_choice", choices=["first", "random"], default="random",
+        help="which of several labels counts")
+    add("--class_mix", "--species_mix", nargs=3, type=float, default=[0.2, 0.95, 6000],
+        metavar=("START", "END", "STEPS"), help="p(class) = (1 - m) / classes + m * frequency; m goes from START to "
+        "END over STEPS: balanced first, natural later")
+    add("--class_mix_schedule", "--species_mix_schedule", choices=["linear", "cosine"], default="linear",
+        help="how m goes from START to END")
     add("--aesthetic_key", default="ae_aesthetic", metavar="NAME", help="refiner: field or column with the score")
     add("--aesthetic_scale", type=float, default=10.0, metavar="X", help="refiner: score = field / X; 6 if missing")
     add("--train_batch_size", type=int, default=16, metavar="N", help="images per device and micro-step")
@@ -360,13 +388,14 @@ def check_ranges(parser, args):
     """Exits with a one-line error if the number given for a flag is out of range."""
     positive = (
         "rank lora_alpha text_encoder_rank text_encoder_alpha resolution train_batch_size gradient_accumulation_steps "
-        "num_train_epochs max_train_steps max_train_samples checkpointing_steps checkpoints_total_limit logging_steps "
-        "validation_steps validation_epochs num_validation_images val_max_batches aesthetic_scale"
+        "num_train_epochs max_train_steps max_train_samples min_image_size logging_steps "
+        "checkpointing_steps checkpoints_total_limit validation_steps validation_epochs num_validation_images "
+        "val_max_batches aesthetic_scale"
     )
-    fractions = "lora_dropout caption_dropout_rate max_bad_fraction adam_beta1 adam_beta2 denoising_start"
+    fractions = "lora_dropout caption_dropout_rate tag_dropout max_bad_fraction adam_beta1 adam_beta2 denoising_start"
     not_negative = (
         "learning_rate text_encoder_lr_scale adam_weight_decay adam_epsilon max_grad_norm lr_warmup_steps snr_gamma "
-        "noise_offset dataloader_num_workers checkpointing_after_steps seed"
+        "noise_offset dataloader_num_workers checkpointing_after_steps keep_tags seed"
     )
     for names, is_valid, expected in (
         (positive, lambda x: x > 0, "a number above 0"),
@@ -386,6 +415,9 @@ def check_model_flags(parser, args):
         parser.error("--use_8bit_adam: contradicts --optimizer prodigy; give one of them")
     if args.cache_text_embeddings and args.train_text_encoder:
         parser.error("--cache_text_embeddings: contradicts --train_text_encoder; give one of them")
+    if args.cache_text_embeddings and (args.shuffle_tags or args.tag_dropout):
+        flag = "--shuffle_tags" if args.shuffle_tags else "--tag_dropout"
+        parser.error(f"--cache_text_embeddings: contradicts {flag}, which changes captions; give one of them")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
 
@@ -412,9 +444,17 @@ def check_data_flags(parser, args):
     if len(sources) != 1:
         found = " and ".join(sources) or "none"
         parser.error(f"--train_shards, --train_data_dir or --dataset_name: found {found}; give exactly one")
-    start, end, steps = args.species_mix
+    if args.instance_prompt and args.train_shards:
+        parser.error("--instance_prompt: found with --train_shards, where a missing caption is damage")
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        parser.error(f"--val_fraction: found {args.val_fraction}; expected a number between 0 and 1, such as 0.05")
+    if args.val_fraction and args.val_shards:
+        parser.error("--val_fraction: contradicts --val_shards; give one of them")
+    if not args.tag_separator:
+        parser.error("--tag_separator: is empty; give the characters between two tags")
+    start, end, steps = args.class_mix
     if not (0 <= start <= 1 and 0 <= end <= 1 and steps >= 0):
-        parser.error(f"--species_mix: found {start} {end} {steps}; expected START, END in [0, 1] and STEPS 0 or more")
+        parser.error(f"--class_mix: found {start} {end} {steps}; expected START, END in [0, 1] and STEPS 0 or more")
     if args.resolution % 8:
         parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
     if args.crop == "bucket" and args.resolution % data.BUCKET_STEP:
@@ -447,12 +487,15 @@ def check_model_paths(parser, args):
 
 def check_data_paths(parser, args):
     """Exits with a one-line error if a flag names data or prompts that are missing, unreadable or malformed."""
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
-        parser.error(f"--train_data_dir: no folder {args.train_data_dir}")
+    for folder in map(os.path.expanduser, args.train_data_dir or ()):
+        if not Path(folder).is_dir():
+            parser.error(f"--train_data_dir: no folder {folder}")
+        if Path(folder).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"--output_dir: {folder} is also --train_data_dir; give another folder, it may be inside")
     readers = {
         "train_shards": lambda: expand_shards(args.train_shards or []),
         "val_shards": lambda: expand_shards(args.val_shards or []),
-        "species_csv": lambda: data.read_species_csv(args.species_csv) if args.species_csv else None,
+        "class_csv": lambda: data.read_class_csv(args.class_csv) if args.class_csv else None,
         "validation_prompts": lambda: read_prompts(args),
     }
     for name, read in readers.items():
@@ -910,6 +953,15 @@ def set_speed(args, models, trained, device):
 # -----------------------------------------------------------------------------
 
 
+EXPECTED_SAMPLES = {
+    "--train_shards": "a sample is an image and a .txt caption, and may have a .json, all with the same name",
+    "--train_data_dir": "captions come from metadata.jsonl, .csv or .parquet, from a .txt or .caption file with the "
+    "name of the image, or from --instance_prompt",
+    "--dataset_name": "a row has an image in --image_column and a caption in --caption_column",
+}  # fmt: skip
+EXPECTED_SAMPLES["--val_shards"] = EXPECTED_SAMPLES["--train_shards"]
+
+
 def index_shards(accelerator, args, flag, fields):
     """Indexes the shards that `flag` names. Each rank reads some of them. Returns table, damage and shard stamps."""
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
@@ -935,74 +987,179 @@ def index_shards(accelerator, args, flag, fields):
     return pa.concat_tables([table.replace_schema_metadata() for table in tables]), damage, stamps
 
 
+def data_flag(args):
+    """Returns the flag that names the training data."""
+    return next(f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name))
+
+
+def try_write(write):
+    """Calls write(). Returns None, or the error message if the disk is full or not writable."""
+    try:
+        write()
+    except OSError as error:
+        return str(error)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save says so when the disk is full
+            raise
+        return f"torch.save could not write: {error}"
+    return None
+
+
+def append_jsonl(path, rows):
+    """Appends rows to a JSONL file. If the disk is full, removes a partly written row and raises OSError."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
+def list_skipped(args, entries):
+    """Adds entries that are not there yet to skipped.jsonl. Logs an error if the disk is full."""
+    path = Path(args.output_dir) / "skipped.jsonl"
+    known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [entry for entry in entries if entry not in known]
+    fault = try_write(lambda: append_jsonl(path, rows))
+    if fault:
+        logger.error("--output_dir: %d rows of skipped.jsonl are not written yet: %s", len(rows), fault)
+
+
 def check_bad_fraction(flag, bad, total, limit):
-    """Raises InputError if the fraction of damaged samples, bad / total, is greater than `limit`."""
+    """Raises InputError if there is no usable sample, or if bad / total is greater than `limit`."""
+    if bad >= total:
+        raise InputError(f"{flag}: no usable sample; {EXPECTED_SAMPLES[flag]}; see skipped.jsonl in --output_dir")
     if bad > limit * total:
         found = f"{bad} of {total} samples are damaged, more than --max_bad_fraction {limit}"
-        raise InputError(f"{flag}: {found}; see skipped.jsonl, repair the data or raise the limit")
+        remedy = f"see skipped.jsonl; {EXPECTED_SAMPLES[flag]}; repair the data or raise the limit"
+        raise InputError(f"{flag}: {found}; {remedy}")
+
+
+def note_skipped(args, index, progress, entries, write=True):
+    """Counts damaged samples and lists them in skipped.jsonl. Raises InputError if --max_bad_fraction is exceeded."""
+    for entry in entries:
+        reason = data.damage_kind(entry)
+        progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
+        if entry not in progress.damaged and entry not in index.damage:
+            progress.damaged.append(entry)
+    if write:
+        list_skipped(args, index.damage + progress.damaged)
+    bad = data.count_damaged(index.damage + progress.damaged)
+    check_bad_fraction(data_flag(args), bad, index.total, args.max_bad_fraction)
+
+
+def read_source(accelerator, args, flag):
+    """Returns the data that `flag` names: a table of images, the damage, {file: stamp}, and a dataset with bytes."""
+    fields = data.Fields(
+        args.image_column, args.caption_column, args.class_key, args.aesthetic_key, args.instance_prompt
+    )
+    if flag in ("--train_shards", "--val_shards"):
+        return *index_shards(accelerator, args, flag, fields), None
+    if flag == "--train_data_dir":
+        excluded = [os.path.realpath(path) for path in (args.output_dir, args.cache_dir) if path]
+        found = run_on_main(accelerator, lambda: data.index_folders(args.train_data_dir, fields, excluded))
+        return pa.Table.from_pylist(found[0], data.INDEX_SCHEMA), *found[1:], None
+    with accelerator.main_process_first():
+        images = data.load_table(flag, args.dataset_name, fields, args.dataset_config_name, args.cache_dir)
+        rows, damage = data.index_table(images, args.dataset_name, fields)
+    return pa.Table.from_pylist(rows, data.INDEX_SCHEMA), damage, {}, images
+
+
+def make_tag_draws(args):
+    """Returns how the tags of captions are drawn. The tags of --trigger_word are kept in their place."""
+    separator = args.tag_separator
+    kept = args.keep_tags + len(args.trigger_word.split(separator)) if args.trigger_word else args.keep_tags
+    return data.TagDraws(separator, kept, args.shuffle_tags, args.tag_dropout)
 
 
 def load_index(accelerator, args, flag, seed):
-    """Returns the Index of the data in `flag`. Raises InputError if no sample is usable or too many are damaged."""
-    fields = data.Fields(args.image_column, args.caption_column, args.species_key, args.aesthetic_key)
-    stamps = {}
-    images = None
-    if flag in ("--train_shards", "--val_shards"):
-        table, damage, stamps = index_shards(accelerator, args, flag, fields)
-    else:
-        source = args.train_data_dir or args.dataset_name
-        with accelerator.main_process_first():
-            images = data.load_table(flag, source, fields, args.dataset_config_name, args.cache_dir)
-            rows, damage = data.index_table(images, source, flag == "--train_data_dir", fields)
-        table = pa.Table.from_pylist(rows, data.INDEX_SCHEMA)
-    if len(table) == 0:
-        raise InputError(f"{flag}: no usable sample; expected images with captions (first damage: {damage[:1]})")
-    table, damage = data.drop_duplicates(table, damage)
-    index = data.make_index(table, damage, None, stamps, images, args.image_column)
-    check_bad_fraction(flag, data.count_damaged(damage), index.total, args.max_bad_fraction)
+    """Returns the Index of the data in `flag`, and that of the images that --val_fraction holds out, or None.
+
+    Raises InputError if no sample is usable or too many are damaged, after they are listed in skipped.jsonl.
+    """
+    table, damage, stamps, images = read_source(accelerator, args, flag)
+    merged, damage = data.merge_rows(table, damage)
+    if len(merged) < len(table):
+        logger.info("%s: %d rows belong to images of other rows", flag, len(table) - len(merged))
+    table = merged
+    bad = data.count_damaged(damage)
+    total = len(table) + bad
+    if args.min_image_size:
+        table, damage = data.leave_out_small(table, damage, args.min_image_size)
+    try:
+        check_bad_fraction(flag, bad, total, args.max_bad_fraction)
+        if len(table) == 0:
+            raise InputError(f"--min_image_size: no image of {flag} has {args.min_image_size} px; see skipped.jsonl")
+    except InputError:
+        if accelerator.is_main_process:
+            list_skipped(args, damage)
+        raise
+    if args.trigger_word:
+        table = data.add_trigger_word(table, args.trigger_word, make_tag_draws(args).joiner())
+    held_out = None
+    if flag != "--val_shards" and args.val_fraction:
+        sides = data.is_held_out(table.column("image_id").to_pylist(), args.val_fraction)
+        table, held_out = table.filter(pa.array(~sides)), table.filter(pa.array(sides))
+        if len(table) == 0:
+            raise InputError(f"--val_fraction: {args.val_fraction} of {len(held_out)} images leaves none to train on")
     if flag != "--val_shards" and args.max_train_samples:
-        chosen = np.argsort(data.hash64(data.SUBSET, seed, index.id_hashes), kind="stable")[: args.max_train_samples]
-        table = table.take(np.sort(chosen))
-        index = data.make_index(table, damage, index.total, stamps, images, args.image_column)
-    return index
+        ids = np.array([data.hash_text(i) for i in table.column("image_id").to_pylist()], dtype=np.uint64)
+        order = np.argsort(data.hash64(data.SUBSET, seed, ids), kind="stable")
+        table = table.take(np.sort(order[: args.max_train_samples]))
+    options = {"stamps": stamps, "images": images, "image_column": args.image_column}
+    index = data.make_index(table, damage, total, **options)
+    return index, held_out and data.make_index(held_out, [], **options)
 
 
 def log_data(index, mix, csv_counts, resolution):
-    """Warns about damaged samples, small images, and a --species_csv that does not match the data."""
-    logger.info("%d images of %d classes, %d damaged", len(index), int(mix.support.sum()), len(index.damage))
+    """Warns about damaged samples, small images, images without a class, and a --class_csv unlike the data."""
+    classes = int(mix.support.sum())
+    logger.info("%d images of %d classes, %d damaged", len(index), classes, data.count_damaged(index.damage))
     if index.damage:
-        logger.warning("damaged: %s", dict(Counter(map(data.damage_kind, index.damage))))
+        logger.warning("left out: %s", dict(Counter(map(data.damage_kind, index.damage))))
+    unlabelled = int((np.diff(index.label_starts) == 0).sum())
+    if classes and unlabelled:
+        logger.warning("--class_key: %d images have no class; they are used with probability %g, like a rare class",
+            unlabelled, data.UNLABELLED_ACCEPTANCE)  # fmt: skip
     enlarged = index.scales(resolution).max(axis=1)
     if (enlarged > 1).any():
         logger.warning("--resolution: %d of %d images are smaller and are scaled up, by up to %.1f ×",
             (enlarged > 1).sum(), len(index), enlarged.max())  # fmt: skip
     if csv_counts and mix.absent:
-        logger.warning("--species_csv: %d classes are not in the data, e.g. %s",
+        logger.warning("--class_csv: %d classes are not in the data, e.g. %s",
             len(mix.absent), ", ".join(mix.absent[:5]))  # fmt: skip
     distance = 0.5 * np.abs(mix.data - mix.arrival).sum()
     if csv_counts and distance > 0.1:
         worst = int(np.argmax(np.abs(mix.data - mix.arrival)))
-        logger.warning("--species_csv: differs from the data by %.0f %% (%s: %.2f %% there, %.2f %% here); "
+        logger.warning("--class_csv: differs from the data by %.0f %% (%s: %.2f %% there, %.2f %% here); "
             "training follows the CSV",
             100 * distance, mix.names[worst], 100 * mix.data[worst], 100 * mix.arrival[worst])  # fmt: skip
 
 
 def make_data(accelerator, args, seed):
-    """Returns the training dataset, its SpeciesMix, and the validation dataset (None without --val_shards)."""
-    flag = next(f"--{name}" for name in ("train_shards", "train_data_dir", "dataset_name") if getattr(args, name))
-    index = load_index(accelerator, args, flag, seed)
-    csv_counts = data.read_species_csv(args.species_csv) if args.species_csv else None
-    start, end, steps = args.species_mix
-    mix = data.SpeciesMix(index, args.species_choice, csv_counts, start, end, steps, args.species_mix_schedule)
+    """Returns the training dataset, its ClassMix, and the validation dataset or None."""
+    index, val_index = load_index(accelerator, args, data_flag(args), seed)
+    csv_counts = data.read_class_csv(args.class_csv) if args.class_csv else None
+    repeats = index.count_repeats(args.class_choice) if csv_counts is None else None
+    start, end, steps = args.class_mix
+    counts = csv_counts or repeats
+    mix = data.ClassMix(index, args.class_choice, counts, start, end, steps, args.class_mix_schedule)
     if args.crop == "bucket":
         index = data.assign_buckets(index, args.resolution)
     if accelerator.is_main_process:
         log_data(index, mix, csv_counts, args.resolution)
+        if repeats:
+            shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(mix.names[:20], mix.data))
+            logger.info("--train_data_dir: folder names such as 10_NAME weight the classes: %s", shares)
     reading = (args.image_interpolation_mode, args.cache_dir or args.output_dir, args.aesthetic_scale)
-    dataset = ImageDataset(index, seed, args.resolution, args.crop, args.random_flip, *reading)
-    val_dataset = None
+    tags = make_tag_draws(args)
+    dataset = ImageDataset(index, seed, args.resolution, args.crop, args.random_flip, *reading, tags)
     if args.val_shards:
-        val_index = load_index(accelerator, args, "--val_shards", seed)
+        val_index, _ = load_index(accelerator, args, "--val_shards", seed)
+    val_dataset = None
+    if val_index is not None:
         val_dataset = ImageDataset(val_index, 0, args.resolution, "center", False, *reading)
     return dataset, mix, val_dataset
 
@@ -1058,7 +1215,7 @@ def count_chunks(tokenizer, captions, mode):
 
 def set_caption_chunks(args, accelerator, models, index):
     """Sets models.caption_chunks according to --long_captions. Warns if captions will be cut."""
-    captions = index.table.column("caption").to_pylist()
+    captions = index.table.column("captions").combine_chunks().flatten().to_pylist()
     models.caption_chunks, cut, longest = count_chunks(models.tokenizers[0], captions, args.long_captions)
     if cut and accelerator.is_main_process:
         logger.warning("--long_captions %s: %d of %d captions are cut: the longest has %d tokens, %d are used",
@@ -1164,8 +1321,8 @@ def encode_images(models, dataset, device, workers, groups):
 def cache_latents(accelerator, models, dataset, folder, workers):
     """Encodes all images and, with --random_flip, their mirror images. Returns the EncodingCache."""
     index = dataset.index
-    settings = [1, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
-    settings += [dataset.interpolation.name, dataset.random_flip, index.images and index.images._fingerprint]
+    settings = [2, "latents", fingerprint_parts(models.vae), str(models.vae.dtype), dataset.crop]
+    settings += [dataset.interpolation, dataset.random_flip, index.images and index.images._fingerprint]
     ids, sizes, paths = (index.table.column(name).to_pylist() for name in ("image_id", "size", "path"))
     stamps = [str(index.stamps.get(path)) for path in paths]
     cache_keys = [[ids[i], sizes[i], stamps[i], dataset.bucket_size(i)] for i in range(len(index))]
@@ -1176,21 +1333,22 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields a dict per group of rows: {image id: [embeddings of the caption]}."""
+    """Yields a dict per group of rows: {image id: [embeddings of each caption]}."""
     for group in groups:
-        texts = [captions[i] for i in group]
+        texts = [caption for i in group for caption in captions[i]]
         with torch.no_grad():
-            embeds = encode_prompts(models, texts, device)
-        names = ("prompt_embeds", "pooled_prompt_embeds")
-        yield {ids[i]: [dict(zip(names, pair))] for i, pair in zip(group, zip(*embeds))}
+            embeds = zip(*encode_prompts(models, texts, device))
+        encoded = [dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pair)) for pair in embeds]
+        encoded = iter(encoded)
+        yield {ids[i]: [next(encoded) for _ in captions[i]] for i in group}
 
 
 def cache_text_embeddings(accelerator, models, dataset, folder):
     """Encodes all captions. Returns the EncodingCache."""
-    ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "caption"))
+    ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "captions"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
     settings += [models.stage, models.caption_chunks]
-    cache_keys = list(zip(ids, captions))
+    cache_keys = [[image_id, *texts] for image_id, texts in zip(ids, captions)]
     cache = data.EncodingCache(folder, "--cache_text_embeddings", settings, cache_keys, [np.arange(len(ids))])
     fill_cache(accelerator, cache, partial(encode_texts, models, ids, captions, accelerator.device), "captions")
     return cache
@@ -1357,10 +1515,11 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder
 MATHEMATICS = """
     stage aesthetic_key aesthetic_scale refiner_timestep_band rank lora_alpha lora_dropout lora_target_modules
     use_dora use_rslora train_text_encoder text_encoder_rank text_encoder_alpha vae_precision max_train_samples
-    resolution crop random_flip image_interpolation_mode species_key species_choice species_mix
-    species_mix_schedule caption_dropout_rate dropped_caption long_captions snr_gamma prediction_type
-    base_precision noise_offset optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps
-    adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    resolution crop random_flip image_interpolation_mode class_key class_choice class_mix class_mix_schedule
+    val_fraction min_image_size trigger_word shuffle_tags tag_dropout keep_tags tag_separator caption_dropout_rate
+    dropped_caption long_captions snr_gamma prediction_type base_precision noise_offset optimizer learning_rate
+    text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay
+    adam_epsilon max_grad_norm
 """.split()
 
 
@@ -1386,7 +1545,7 @@ class Progress:
 
 
 STORED_NAMES = {"resume_signature": "law"}  # fields of Progress that progress.json has under an older name
-COMPARED_BY_CONTENT = ("global_batch", "dataset", "species_distribution", "base_model")  # not by the flags naming them
+COMPARED_BY_CONTENT = ("global_batch", "dataset", "class_distribution", "base_model")  # not by the flags naming them
 
 
 def make_resume_signature(args, accelerator, index, mix):
@@ -1396,7 +1555,7 @@ def make_resume_signature(args, accelerator, index, mix):
     signature["mixed_precision"] = accelerator.mixed_precision
     signature["global_batch"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     signature["dataset"] = index.fingerprint()
-    signature["species_distribution"] = f"{data.hash_text(distribution):016x}"
+    signature["class_distribution"] = f"{data.hash_text(distribution):016x}"
     return json.loads(json.dumps(signature))  # as it will be read back: tuples are lists
 
 
@@ -1407,7 +1566,13 @@ def other_flags(args):
 
 
 def list_differences(saved, current):
-    """Returns a line such as "--rank: 4 in the checkpoint, 8 now" for each value that differs."""
+    """Returns a line such as "--rank: 4 in the checkpoint, 8 now" for each value that differs.
+
+    A flag that is missing in `saved` is newer than the checkpoint, and had its default value.
+    """
+    parser = make_parser()
+    older = {name: saved.get(name.replace("class_", "species_"), parser.get_default(name)) for name in current}
+    saved = older | saved
     names = {name: name.replace("_", " ") if name in COMPARED_BY_CONTENT else f"--{name}" for name in current}
     different = [name for name, value in current.items() if saved.get(name) != value]
     return [f"{names[name]}: {saved.get(name)!r} in the checkpoint, {current[name]!r} now" for name in different]
@@ -1481,28 +1646,30 @@ def kohya_state_dict(trained, adapters):
     return state
 
 
-def lora_files(trained, stage):
+def lora_files(trained, args):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
-        "modelspec.architecture": f"stable-diffusion-xl-v1-{stage}/lora",
-        "ss_base_model_version": f"sdxl_{stage}_v1-0",
+        "modelspec.architecture": f"stable-diffusion-xl-v1-{args.stage}/lora",
+        "ss_base_model_version": f"sdxl_{args.stage}_v1-0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
     }
     peft = {"lora_adapter_metadata": json.dumps(adapter_metadata(trained), sort_keys=True)}
+    for metadata in (kohya, peft) if args.trigger_word else ():
+        metadata["modelspec.trigger_phrase"] = args.trigger_word
     return {
         LORA_FILE: partial(data.write_safetensors, tensors=adapters, metadata=peft),
         KOHYA_FILE: partial(data.write_safetensors, tensors=kohya_state_dict(trained, adapters), metadata=kohya),
     }
 
 
-def save_lora(trained, folder, stage):
+def save_lora(trained, folder, args):
     """Writes both LoRA files into `folder`, and creates it if necessary. Raises OSError if the disk is full."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, write in lora_files(trained, stage).items():
+    for name, write in lora_files(trained, args).items():
         write(Path(folder) / name)
 
 
@@ -1512,7 +1679,7 @@ def checkpoint_files(run):
     Training can continue while these functions run; Accelerate's save_state would stop it. Only the main process
     writes, because all ranks have the same weights, and random draws depend only on the seed and the step.
     """
-    files = lora_files(run.trained, run.args.stage)
+    files = lora_files(run.trained, run.args)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
             state = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), part.state_dict())
@@ -1564,19 +1731,6 @@ def complete_checkpoint(unfinished, final, files):
     sync(final.parent)
 
 
-def try_write(write):
-    """Calls write(). Returns None, or the error message if the disk is full or not writable."""
-    try:
-        write()
-    except OSError as error:
-        return str(error)
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # torch.save says so when the disk is full
-            raise
-        return f"torch.save could not write: {error}"
-    return None
-
-
 def write_checkpoint(output_dir, step, files, keep=None):
     """Writes a checkpoint atomically. Then deletes all but the newest `keep`. Returns an error message or None."""
     final = Path(output_dir) / f"checkpoint-{step}"
@@ -1601,7 +1755,7 @@ def report_unsaved(run):
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
     if run.accelerator.is_main_process:
         folder = f"{tempfile.gettempdir()}/lora-step-{step}-{run.progress.run_id}"
-        fault = try_write(lambda: save_lora(run.trained, folder, args.stage))
+        fault = try_write(lambda: save_lora(run.trained, folder, args))
         message += f"{folder} could not hold the LoRA either ({fault}); " if fault else f"the LoRA is in {folder}; "
     raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
 
@@ -1627,36 +1781,6 @@ def save_checkpoint(run, last):
     run.accelerator.wait_for_everyone()
     stop.patient = False
     stop.note_progress()
-
-
-def append_jsonl(path, rows):
-    """Appends rows to a JSONL file. If the disk is full, removes a partly written row and raises OSError."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-    except OSError:
-        if path.exists():
-            os.truncate(path, size)
-        raise
-
-
-def note_skipped(args, index, progress, entries, write=True):
-    """Counts damaged samples and lists them in skipped.jsonl. Raises InputError if --max_bad_fraction is exceeded."""
-    for entry in entries:
-        reason = data.damage_kind(entry)
-        progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
-        if entry not in progress.damaged and entry not in index.damage:
-            progress.damaged.append(entry)
-    if write:
-        path = Path(args.output_dir) / "skipped.jsonl"
-        known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        rows = [entry for entry in index.damage + progress.damaged if entry not in known]
-        fault = try_write(lambda: append_jsonl(path, rows))
-        if fault:
-            logger.error("--output_dir: %d rows of skipped.jsonl are not written yet: %s", len(rows), fault)
-    bad = data.count_damaged(index.damage + progress.damaged)
-    check_bad_fraction("--train_shards", bad, index.total, args.max_bad_fraction)
 
 
 def verify_checkpoint(folder):
@@ -1775,15 +1899,17 @@ def save_model_card(args, metrics, index):
     if args.text_encoder_2_lora:
         parts = ", text_encoder_2=base.text_encoder_2)  # of the base pipeline with its LoRA"
     on_hub = "" if Path(base_model).expanduser().exists() else f"base_model: {base_model}\n"  # the hub refuses a path
+    trigger = f"instance_prompt: {json.dumps(args.trigger_word)}\n" if args.trigger_word else ""
+    prompt = f"Prompts that use it begin with `{args.trigger_word}`.\n\n" if args.trigger_word else ""
     card = f"""---
-{on_hub}library_name: diffusers
+{on_hub}{trigger}library_name: diffusers
 tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 ---
 # LoRA for {base_model}
 
 {picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.
 
-```python
+{prompt}```python
 pipeline = {pipeline}.from_pretrained("{base_model}"{parts or ")"}
 pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 ```
@@ -2052,7 +2178,7 @@ def make_batches(args, accelerator, progress, index, mix):
     steps_per_epoch = math.ceil(len(index) / global_batch)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     position = (progress.step, progress.cursors, progress.samples)
-    plan = data.SamplePlan(index, mix, args.species_choice, progress.seed, global_batch, *position)
+    plan = data.SamplePlan(index, mix, args.class_choice, progress.seed, global_batch, *position)
     rank, world = accelerator.process_index, accelerator.num_processes
     return data.MicroBatches(plan, max_train_steps, args.train_batch_size, rank, world), steps_per_epoch
 
@@ -2168,7 +2294,7 @@ def log_metrics(run, bar, grad_norm):
         "lr": run.optimizer.param_groups[0]["lr"],
         "grad_norm": float(grad_norm),
         "epoch": step / run.steps_per_epoch,
-        "species_mix": run.batches.plan.mix.weight_of_data(step - 1),
+        "class_mix": run.batches.plan.mix.weight_of_data(step - 1),
         "skipped": sum(progress.skipped.values()),
         **{f"skipped/{reason}": count for reason, count in progress.skipped.items()},
         "nonfinite_steps": progress.nonfinite_steps,
@@ -2355,7 +2481,7 @@ def log_preview(args, facts, damaged):
     memory = facts["memory_bytes"]
     filled = [bucket["images"] for bucket in facts["buckets"] if bucket["images"]]
     logger.info("images      %d of %d classes, %d unlabelled, %d damaged",
-        facts["images"], len(facts["species"]), facts["unlabelled"], damaged)  # fmt: skip
+        facts["images"], len(facts["classes"]), facts["unlabelled"], damaged)  # fmt: skip
     logger.info("buckets     %d, of which %d have fewer images than a batch; at most %.0f %% of an image is cut off",
         len(filled), sum(n < facts["global_batch"] for n in filled), 100 * facts["cut_off"]["most"])  # fmt: skip
     logger.info("captions    %d to %d tokens, median %d; %d over 75",
@@ -2389,7 +2515,7 @@ def preview(args, accelerator, progress):
     batches, steps_per_epoch = make_batches(args, accelerator, progress, index, mix)
     plan = batches.plan
     steps = batches.last_step
-    captions = index.table.column("caption").to_pylist()
+    captions = index.table.column("captions").combine_chunks().flatten().to_pylist()
     tokens = [len(ids) for ids in models.tokenizers[0](captions, add_special_tokens=False).input_ids]
     own_images = steps * plan.global_batch // accelerator.num_processes
     facts = data.describe_data(dataset, plan, steps, tokens)
@@ -2399,8 +2525,8 @@ def preview(args, accelerator, progress):
     folder.mkdir(parents=True, exist_ok=True)
     requests = [request for _, batch in zip(range(24), batches) for request in batch][:24]
     data.draw_contact_sheet(dataset, requests).savefig(folder / "contact_sheet.png")
-    if facts["species"]:
-        data.draw_species(facts["species"]).savefig(folder / "species.png")
+    if facts["classes"]:
+        data.draw_classes(facts["classes"]).savefig(folder / "classes.png")
     write_file(folder / "preview.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     log_preview(args, facts, len(index.damage))
     logger.info("nothing was trained; see %s", folder)
@@ -2609,20 +2735,6 @@ def prepare_output_dir(accelerator, args):
         library.disable_progress_bar()
 
 
-def run_on_main(accelerator, action):
-    """Calls action() on the main process only. All ranks return its result, or raise the InputError that it raised."""
-    answer = None
-    if accelerator.is_main_process:
-        try:
-            answer = action()
-        except InputError as error:
-            answer = error
-    answer = broadcast_object_list([answer])[0]
-    if isinstance(answer, InputError):
-        raise answer
-    return answer
-
-
 # -----------------------------------------------------------------------------
 # 12 Main
 # -----------------------------------------------------------------------------
@@ -2749,7 +2861,7 @@ def finish(run, metrics):
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
-        fault = try_write(lambda: save_lora(run.trained, args.output_dir, args.stage))
+        fault = try_write(lambda: save_lora(run.trained, args.output_dir, args))
         if fault is None:
             fault = try_write(lambda: save_model_card(args, metrics, index))
         if fault:

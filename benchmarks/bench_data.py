@@ -69,7 +69,7 @@ def make_index(shards, cache_dir):
 
 
 def make_mix(index, weight):
-    return sdxl_data.SpeciesMix(index, "random", None, weight, weight, 0)
+    return sdxl_data.ClassMix(index, "random", None, weight, weight, 0)
 
 
 def ours(index, weight, resolution, batches, folder):

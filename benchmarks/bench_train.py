@@ -219,7 +219,7 @@ def command_of(args, name, model, data, folder):
     flags += ["--dataloader_num_workers", args.workers, "--center_crop", "--cache_dir", f"{folder}-cache"]
     if name == "peer":
         return args.peer, [*map(str, flags), "--caption_column=text"]
-    own = ["--report_to", "tensorboard", "--species_mix", 1, 1, 0, "--snr_gamma", 0, *VARIANTS[name]]
+    own = ["--report_to", "tensorboard", "--class_mix", 1, 1, 0, "--snr_gamma", 0, *VARIANTS[name]]
     return ROOT / "train_sdxl_lora.py", [*map(str, flags), *map(str, own)]
 
 

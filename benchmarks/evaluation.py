@@ -41,7 +41,7 @@ OVERFITTING = TRAINING | {
 
 def train(flags, shards, output_dir, steps):
     """Trains a LoRA unless its folder has one; returns the folder."""
-    flags = flags | {"--train_shards": shards, "--max_train_steps": steps, "--species_mix": (0.0, 0.1, steps)}
+    flags = flags | {"--train_shards": shards, "--max_train_steps": steps, "--class_mix": (0.0, 0.1, steps)}
     flags |= {"--pretrained_model_name_or_path": HERE / "sdxl", "--output_dir": output_dir, "--train_batch_size": 16}
     flags |= {"--checkpointing_steps": steps, "--train_text_encoder": None, "--resume_from_checkpoint": "latest"}
     if not (output_dir / sdxl_data.LORA_FILE).exists():

@@ -127,10 +127,10 @@ def main(output_dir, base_steps, refiner_steps, samples, seeds, first_seed):
     if not (DEMO / "data/manifests/train_species.csv").exists():
         make_dataset(DEMO / "data")
     shards = DEMO / "data/data/train"
-    base_flags = TRAINING | {"--species_csv": DEMO / "data/manifests/train_species.csv"}
+    base_flags = TRAINING | {"--class_csv": DEMO / "data/manifests/train_species.csv"}
     base = train(base_flags, base_steps, shards, output_dir / "base", ["--train_text_encoder"])
     flags = {k: v for k, v in REFINER_TRAINING.items() if not k.startswith("--text_encoder")}
-    flags |= {"--text_encoder_2_lora": base, "--species_mix": (0.0, 0.1, refiner_steps)}
+    flags |= {"--text_encoder_2_lora": base, "--class_mix": (0.0, 0.1, refiner_steps)}
     refiner = train(flags, refiner_steps, shards, output_dir / "refiner")
 
     fresh = output_dir / "unseen-%05d.tar"

@@ -34,7 +34,7 @@ def make_flags(world, workers, processes):
 
     return [
         *("--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train"),
-        *("--species_csv", world / "manifests/train_species.csv", "--val_shards", world / "data/val"),
+        *("--class_csv", world / "manifests/train_species.csv", "--val_shards", world / "data/val"),
         *("--resolution", 64, "--train_batch_size", 2 // processes, "--gradient_accumulation_steps", 2, "--seed", 7),
         *("--train_text_encoder", "--rank", 4, "--lora_dropout", 0.2, "--random_flip", "--noise_offset", 0.05),
         *("--max_train_steps", STEPS, "--checkpointing_steps", 3, "--checkpoints_total_limit", 2),

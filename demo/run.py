@@ -35,7 +35,7 @@ TRAINING = {
     "--lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     "--text_encoder_rank": 16,
     "--text_encoder_lr_scale": 1.0,
-    "--species_mix": (0.0, 0.1, 280),
+    "--class_mix": (0.0, 0.1, 280),
     "--caption_dropout_rate": 0.1,
     "--noise_offset": 0.2,  # without it, yellow creatures turn red in bright places
     "--checkpointing_steps": 140,
@@ -118,7 +118,7 @@ def training_flags(output_dir):
         "--pretrained_model_name_or_path": HERE / "sdxl",
         "--train_shards": HERE / "data/data/train",
         "--val_shards": HERE / "data/data/val",
-        "--species_csv": HERE / "data/manifests/train_species.csv",
+        "--class_csv": HERE / "data/manifests/train_species.csv",
         "--output_dir": output_dir,
         **TRAINING,
         "--train_batch_size": GLOBAL_BATCH // PROCESSES,

@@ -29,7 +29,7 @@ def flags(world):
     return [
         *("--pretrained_model_name_or_path", SDXL),
         *("--train_shards", world / "data/train"),
-        *("--species_csv", world / "manifests/train_species.csv"),
+        *("--class_csv", world / "manifests/train_species.csv"),
         *("--resolution", 64, "--train_batch_size", 2, "--max_train_steps", 4, "--seed", 7),
         *("--logging_steps", 1, "--learning_rate", 1e-3, "--rank", 2, "--report_to", "none"),
         *("--mixed_precision", "no", "--dataloader_num_workers", 0),

@@ -44,7 +44,9 @@ def write_shard(path, samples):
 def index_of(labels, ids=None):
     """An Index of rows with these labels and nothing to read."""
     ids = ids or [f"image {i}" for i in range(len(labels))]
-    rows = [{"key": i, "image_id": i, "caption": i, "labels": list(row)} for i, row in zip(ids, labels)]
+    rows = [
+        {"repeats": 1, "key": i, "image_id": i, "captions": [i], "labels": list(row)} for i, row in zip(ids, labels)
+    ]
     return sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
 
 
@@ -61,11 +63,17 @@ def index_of_shard(path):
     return sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
 
 
+def index_of_folder(*folders, **fields):
+    rows, damage, stamps = sdxl_data.index_folders(list(map(str, folders)), sdxl_data.Fields(**fields))
+    return sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage, stamps=stamps)
+
+
 def load_index(shards, tmp_path, seed=1, **flags):
-    flags = {"max_bad_fraction": 0.05, "max_train_samples": None, "cache_dir": None, "output_dir": tmp_path} | flags
-    fields = {"image_column": "image", "caption_column": "text", "species_key": "species_list"}
+    unset = "max_train_samples cache_dir instance_prompt min_image_size trigger_word val_fraction".split()
+    flags = dict.fromkeys(unset) | {"max_bad_fraction": 0.05, "output_dir": tmp_path} | flags
+    fields = {"image_column": "image", "caption_column": "text", "class_key": "species_list"}
     args = SimpleNamespace(train_shards=[str(s) for s in shards], aesthetic_key="ae_aesthetic", **fields, **flags)
-    return trainer.load_index(ALONE, args, "--train_shards", seed)
+    return trainer.load_index(ALONE, args, "--train_shards", seed)[0]
 
 
 def edit_shard(source, target, edit):

@@ -13,7 +13,7 @@ from harness import SDXL, run_trainer
 import evaluate
 import hpo_sweep
 import train_sdxl_lora
-from sdxl_data import expand_shards, read_species_csv
+from sdxl_data import expand_shards, read_class_csv
 from train_sdxl_lora import default_workers, make_parser, parse_args, read_prompts
 
 # The flags of diffusers' train_text_to_image_lora_sdxl.py and their defaults, written out from its parser.
@@ -191,14 +191,12 @@ def test_defaults_follow_other_flags(parse):
 
 
 def test_a_config_file_gives_flags_and_the_command_line_wins(parse, folder):
-    text = (
-        "rank: 8\nlearning_rate: 1e-3\nspecies_mix: [0.1, 0.9, 50]\nlora_target_modules: [to_q]\nrandom_flip: true\n"
-    )
+    text = "rank: 8\nlearning_rate: 1e-3\nclass_mix: [0.1, 0.9, 50]\nlora_target_modules: [to_q]\nrandom_flip: true\n"
     args = parse(config(folder, text))
-    assert (args.rank, args.learning_rate, args.species_mix) == (8, 1e-3, [0.1, 0.9, 50])
+    assert (args.rank, args.learning_rate, args.class_mix) == (8, 1e-3, [0.1, 0.9, 50])
     assert args.lora_target_modules == ["to_q"] and args.random_flip is True
     args = parse(config(folder, text) + "--rank 2 --species_mix 0 1 2 --lora_target_modules to_k to_v")
-    assert (args.rank, args.species_mix, args.lora_target_modules) == (2, [0, 1, 2], ["to_k", "to_v"])
+    assert (args.rank, args.class_mix, args.lora_target_modules) == (2, [0, 1, 2], ["to_k", "to_v"])
     assert args.learning_rate == 1e-3
 
 
@@ -312,7 +310,7 @@ def test_exactly_one_data_source_is_wanted(capsys, parse):
     both = refusal(capsys, parse, "--train_data_dir images")
     assert "found --train_shards and --train_data_dir" in both
     assert "no folder nowhere" in refusal(capsys, parse, "--train_data_dir nowhere", without=["--train_shards"])
-    assert parse("--train_data_dir images", without=["--train_shards"]).train_data_dir == "images"
+    assert parse("--train_data_dir images", without=["--train_shards"]).train_data_dir == ["images"]
 
 
 def test_an_output_dir_with_checkpoints_names_both_ways_out(capsys, parse):
@@ -352,15 +350,15 @@ def test_shards_are_files_folders_and_brace_patterns(parse):
 def test_a_species_csv_is_read_casefolded_and_summed(tmp_path):
     path = tmp_path / "species.csv"
     path.write_text("species,count,fraction\nMr. Mime,3,0.3\n mr. mime ,4,0.4\nFlabÉbÉ,2.5,0.3\n", encoding="utf-8")
-    assert read_species_csv(path) == {"mr. mime": 7, "flabébé": 2.5}
+    assert read_class_csv(path) == {"mr. mime": 7, "flabébé": 2.5}
     path.write_text("count,pokemon\n3,Mew\n")
-    assert read_species_csv(path) == {"mew": 3}
+    assert read_class_csv(path) == {"mew": 3}
 
 
 def test_a_species_csv_may_begin_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "species.csv"
     path.write_text("pokemon,count\nMew,3\n", encoding="utf-8-sig")
-    assert read_species_csv(path) == {"mew": 3}
+    assert read_class_csv(path) == {"mew": 3}
 
 
 def test_prompts_come_from_the_flag_then_from_the_file(parse, folder):
@@ -398,7 +396,15 @@ TRAINER_FLAGS = {
     "compile": "test_speed.py::test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so",
     "train_shards": "test_sources.py::test_every_source_gives_the_stream_of_the_local_files",
     "val_shards": "test_validation.py::test_a_run_is_validated_every_so_many_steps_or_epochs_and_at_the_end",
-    "train_data_dir": "test_index.py::test_an_image_folder_is_indexed_like_a_shard",
+    "val_fraction": "test_captions.py::test_a_fraction_is_held_out_and_validated_on",
+    "train_data_dir": "test_folders.py::test_a_kohya_folder_trains_like_the_same_images_as_shards",
+    "instance_prompt": "test_folders.py::test_a_run_without_captions_ends_with_three_ways_to_give_them",
+    "trigger_word": "test_captions.py::test_the_trigger_word_reaches_captions_card_and_both_files",
+    "shuffle_tags": "test_captions.py::test_the_flags_of_tags_reach_the_captions",
+    "tag_dropout": "test_captions.py::test_the_flags_of_tags_reach_the_captions",
+    "keep_tags": "test_captions.py::test_the_flags_of_tags_reach_the_captions",
+    "tag_separator": "test_captions.py::test_the_flags_of_tags_reach_the_captions",
+    "min_image_size": "test_captions.py::test_small_images_are_left_out_and_listed",
     "dataset_name": "test_sources.py::test_a_dataset_enters_the_same_stream",
     "dataset_config_name": "test_data_flags.py::test_the_configuration_of_a_dataset_is_asked_for_by_name",
     "image_column": "test_sources.py::test_a_dataset_enters_the_same_stream",
@@ -411,11 +417,11 @@ TRAINER_FLAGS = {
     "center_crop": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
     "random_flip": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
     "image_interpolation_mode": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
-    "species_csv": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
-    "species_key": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
-    "species_choice": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
-    "species_mix": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
-    "species_mix_schedule": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "class_csv": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "class_key": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "class_choice": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "class_mix": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
+    "class_mix_schedule": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
     "aesthetic_key": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
     "aesthetic_scale": "test_data_flags.py::test_a_flag_changes_the_data_that_it_is_about",
     "train_batch_size": "test_train.py::test_the_samples_of_a_step_depend_on_the_global_batch_alone",
@@ -492,10 +498,12 @@ EVALUATION_FLAGS = {
     "dtype": "test_pictures.py::test_revision_variant_cache_and_precision_are_asked_for",
     "batch_size": "test_evaluate.py::test_a_killed_evaluation_continues_and_makes_no_image_twice",
     "clip_model": "test_evaluate.py::test_scores_are_those_of_open_clip_and_of_laions_own_head",
-    "species_prompt": "test_pictures.py::test_clip_reads_the_species_in_the_words_of_species_prompt",
+    "class_prompt": "test_pictures.py::test_clip_reads_the_species_in_the_words_of_species_prompt",
     "aesthetic_clip_model": "test_evaluate.py::test_scores_are_those_of_open_clip_and_of_laions_own_head",
     "aesthetic_head": "test_evaluate.py::test_scores_are_those_of_open_clip_and_of_laions_own_head",
     "score_weights": "test_pictures.py::test_the_score_is_weighted_as_score_weights_say",
+    "train_data_dir": "test_evaluate_folders.py::test_copies_of_a_folder_are_found_as_those_of_shards",
+    "val_fraction": "test_evaluate_folders.py::test_images_that_the_trainer_held_out_are_no_training_images",
     "train_shards": "test_pictures.py::test_held_out_images_are_those_of_val_shards_and_training_images_without_them",
     "val_shards": "test_pictures.py::test_held_out_images_are_those_of_val_shards_and_training_images_without_them",
     "config": "test_pictures.py::test_flags_may_come_from_a_config_file_and_the_command_line_wins",

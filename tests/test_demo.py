@@ -73,7 +73,7 @@ def test_the_judge_names_fresh_drawings():
     alone = [i for i, scene in enumerate(scenes) if len(set(scene.creatures)) == 1]
     clip = evaluate.Clip(demo.CLIP, "cpu")
     embeddings = clip.embed_images([Image.fromarray(pixels[i].permute(1, 2, 0).numpy()) for i in alone])
-    named = evaluate.name_species(embeddings, [s.name for s in SPECIES], clip)
+    named = evaluate.name_classes(embeddings, [s.name for s in SPECIES], clip)
     right = np.mean([SPECIES[n] == scenes[i].creatures[0] for n, i in zip(named, alone)])
     assert right >= 0.95
 

@@ -443,7 +443,7 @@ def test_checkpoints_are_plotted_over_steps(words, lora, tmp_path):
     assert [entry.get("step") for entry in metrics(tmp_path / "eval").values()] == [None, 2, 4]
     page = (tmp_path / "eval/report.html").read_text()
     assert page.count("<svg") == 2
-    assert 'aria-label="score over steps"' in page and 'aria-label="species named right over steps"' in page
+    assert 'aria-label="score over steps"' in page and 'aria-label="class named right over steps"' in page
 
 
 def test_prompts_of_one_species_without_an_aesthetic_head_are_scored_too(words, tmp_path):
@@ -479,7 +479,7 @@ def test_the_default_prompts_cover_all_kinds():
     [
         (['{"id": "a"}'], "line 1: `prompt` is missing or empty"),
         (['{"prompt": "x"}', "nonsense"], "line 2: not JSON"),
-        (['{"prompt": "x", "species": 7}'], "line 1: `clip_prompt` and `species` must be strings"),
+        (['{"prompt": "x", "species": 7}'], "line 1: `clip_prompt` and `class` must be strings"),
         (['{"prompt": "x", "id": "a"}'] * 2, "2 prompts have the id 'a'"),
         ([], "is empty"),
     ],

@@ -85,8 +85,8 @@ def test_a_large_jpeg_is_decoded_small_and_keeps_its_own_size(size, decoded, ori
     exif[274] = orientation
     smooth = noise_image(1, 4, 4).resize(size, Image.Resampling.BICUBIC)
     data = encode(smooth, "JPEG", quality=95, exif=exif)
-    image, original_size = sdxl_data.open_image(data, (64, 64))
-    whole, whole_size = sdxl_data.open_image(data)
+    image, original_size, _ = sdxl_data.open_image(data, (64, 64))
+    whole, whole_size, _ = sdxl_data.open_image(data)
     turn = 1 if orientation == 1 else -1
     assert image.size == decoded[::turn] and whole.size == size[::turn]
     assert original_size == whole_size == size[::-turn]
@@ -202,6 +202,11 @@ def as_tensor(image, top, left, side):
     return torch.from_numpy(np.asarray(image)[top : top + side, left : left + side].copy()).permute(2, 0, 1)
 
 
+def looks_like(pixels, expected):
+    """Equal up to rounding: only the window is resized, where `expected` was cut from the whole resized image."""
+    return (pixels.int() - expected.int()).abs().max() <= 4
+
+
 def test_an_item_has_the_sizes_after_exif_and_the_offset_in_the_resized_image(turned_shard):
     path, seen = turned_shard
     resized = seen.resize((24, 36), Image.Resampling.LANCZOS)  # above half, where a JPEG is decoded whole
@@ -214,7 +219,7 @@ def test_an_item_has_the_sizes_after_exif_and_the_offset_in_the_resized_image(tu
         assert item["original_sizes"] == (60, 40) and item["target_sizes"] == (24, 24)
         assert left == 0 and 0 <= top <= 12
         assert item["pixels"].dtype == torch.uint8 and item["pixels"].shape == (3, 24, 24)
-        assert torch.equal(item["pixels"], as_tensor(resized, top, left, 24))
+        assert looks_like(item["pixels"], as_tensor(resized, top, left, 24))
     assert len(tops) > 1
     assert (item["captions"], item["species"], item["keys"]) == ("a drawing of x", "mew", "x")
     assert item["aesthetic_scores"] == 7.3
@@ -236,8 +241,8 @@ def test_crop_and_flip_are_functions_of_image_and_step_and_the_noise_seed_of_the
         assert torch.equal(item["pixels"], elsewhere["pixels"])
         assert item["sample_seeds"] == again["sample_seeds"] != elsewhere["sample_seeds"]
         plain, flipped = (as_tensor(image, *item["crop_top_lefts"], 24) for image in (resized, mirrored))
-        assert torch.equal(item["pixels"], plain) != torch.equal(item["pixels"], flipped)
-        flips += torch.equal(item["pixels"], flipped)
+        assert looks_like(item["pixels"], plain) != looks_like(item["pixels"], flipped)
+        flips += looks_like(item["pixels"], flipped)
     assert 8 < flips < 32
 
 
@@ -270,7 +275,7 @@ def test_reading_an_image_folder_does_not_keep_every_file_open(tmp_path):
         data = encode(noise_image(i))
         (tmp_path / f"{i}.png").write_bytes(data)
         path = str(tmp_path / f"{i}.png")
-        rows.append({"key": path, "image_id": path, "caption": "x", "labels": [], "path": path})
+        rows.append({"key": path, "image_id": path, "captions": ["x"], "repeats": 1, "labels": [], "path": path})
         rows[-1] |= {"offset": 0, "size": len(data)}
     index = sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), [])
     dataset = sdxl_data.ImageDataset(index, 0, 8, "center", False, "box")

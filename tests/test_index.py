@@ -6,8 +6,6 @@ import os
 import tarfile
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
 import pytest
 from PIL import Image
 from shards import KEYS, encode, index_of, index_shard, load_index, noise_image, sample, write_shard
@@ -27,7 +25,7 @@ def test_a_whole_shard_is_indexed_without_damage(shard):
     data = shard.read_bytes()
     for row in rows:
         assert data[row["offset"] : row["offset"] + row["size"]] == sample(row["key"])["png"]
-        assert row["caption"] == f"a drawing of {row['key']}"
+        assert row["captions"][0] == f"a drawing of {row['key']}"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +36,7 @@ def test_long_and_foreign_names_are_kept_apart(tmp_path, keys):
         tmp_path / "a.tar", [sample(keys[0]), sample(keys[1], png=None, jpg=encode(noise_image(1), "JPEG"))]
     )
     rows, damage = index_shard(shard)
-    assert [(row["key"], row["caption"]) for row in rows] == [(key, f"a drawing of {key}") for key in keys]
+    assert [(row["key"], row["captions"][0]) for row in rows] == [(key, f"a drawing of {key}") for key in keys]
     assert damage == []
 
 
@@ -111,7 +109,7 @@ def test_the_index_is_read_from_its_cache_until_the_shard_changes(shard, tmp_pat
 def test_extensions_may_be_in_upper_case(tmp_path):
     parts = {name.upper() if name != "__key__" else name: part for name, part in sample("a").items()}
     rows, damage = index_shard(write_shard(tmp_path / "a.tar", [parts]))
-    assert damage == [] and rows[0]["caption"] == "a drawing of a" and rows[0]["labels"] == ["mew"]
+    assert damage == [] and rows[0]["captions"][0] == "a drawing of a" and rows[0]["labels"] == ["mew"]
 
 
 def test_max_train_samples_takes_the_same_samples_whatever_the_shards(tmp_path):
@@ -133,54 +131,3 @@ def test_the_fingerprint_depends_on_the_samples_and_not_on_their_order():
     assert index_of([["a"], ["a"], []], ids).fingerprint() != fingerprint
     assert index_of(labels, ["1", "2", "4"]).fingerprint() != fingerprint
     assert index_of(labels[:2], ids[:2]).fingerprint() != fingerprint
-
-
-# ---- the image folder
-
-
-@pytest.fixture
-def image_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-    def make(*rows):
-        folder = tmp_path / "images"
-        (folder / "more").mkdir(parents=True)
-        for row in rows:
-            noise_image(1).save(folder / row["file_name"])
-        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        fields = sdxl_data.Fields()
-        table = sdxl_data.load_table("--train_data_dir", str(folder), fields)
-        return sdxl_data.index_table(table, str(folder), True, fields)
-
-    return make
-
-
-def test_an_image_folder_is_indexed_like_a_shard(image_folder, tmp_path):
-    first = {"file_name": "a.png", "text": "a mew", "species_list": ["Mew"], "ae_aesthetic": 55.0}
-    second = {"file_name": "more/b.png", "text": "two", "species_list": ["Mew", "Pichu"], "ae_aesthetic": None}
-    rows, damage = image_folder(first, second)
-    assert damage == []
-    found = [(r["key"], r["caption"], r["labels"], r["score"]) for r in rows]
-    assert found == [("a.png", "a mew", ["mew"], 55), ("more/b.png", "two", ["mew", "pichu"], None)]
-    index = sdxl_data.make_index(pa.Table.from_pylist(rows, sdxl_data.INDEX_SCHEMA), damage)
-    item = sdxl_data.ImageDataset(index, 0, 8, "center", False, "lanczos")[1, 0, 0, 0]
-    assert item["keys"] == "more/b.png" and item["original_sizes"] == (8, 10)
-
-
-def test_of_a_list_of_captions_the_first_is_taken(image_folder):
-    rows, _ = image_folder({"file_name": "a.png", "text": ["first", "second"]})
-    assert rows[0]["caption"] == "first"
-
-
-def test_a_missing_column_is_an_error_that_names_the_flag(image_folder):
-    with pytest.raises(sdxl_data.InputError, match="--caption_column.*caption"):
-        image_folder({"file_name": "a.png", "caption": "a mew"})
-
-
-@pytest.mark.parametrize("caption", [None, "", "  ", []])
-def test_an_image_of_the_folder_without_caption_is_damage(image_folder, caption):
-    good = ["good"] if isinstance(caption, list) else "good"
-    rows, damage = image_folder({"file_name": "a.png", "text": good}, {"file_name": "b.png", "text": caption})
-    assert [row["key"] for row in rows] == ["a.png"]
-    assert [entry["key"] for entry in damage] == ["b.png"]

@@ -81,7 +81,7 @@ def test_the_noise_depends_on_the_prompts_id_and_the_seed_alone(generator):
     assert torch.equal(noise_of(generator, [second, first], (0, 0)), together.flip(0))
     reworded = evaluate.Prompt("a", "another text", "another text", None, ("tag",))
     assert torch.equal(noise_of(generator, [reworded], (0,))[0], together[0])
-    renamed = evaluate.Prompt("c", first.prompt, first.clip_prompt, first.species, first.tags)
+    renamed = evaluate.Prompt("c", first.prompt, first.clip_prompt, first.class_name, first.tags)
     assert not torch.equal(noise_of(generator, [renamed], (0,))[0], together[0])
     assert not torch.equal(noise_of(generator, [first], (1,))[0], together[0])
 
@@ -109,7 +109,7 @@ def test_the_refiner_takes_over_where_denoising_start_says(parse):
 
 def test_a_lora_has_the_strength_of_lora_scale(parse, flags, tmp_path):
     args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path]])
-    trainer.save_lora(trainer.add_adapters(args, trainer.load_models(args, torch.float32, CPU), 0), tmp_path, "base")
+    trainer.save_lora(trainer.add_adapters(args, trainer.load_models(args, torch.float32, CPU), 0), tmp_path, args)
     scales = {}
     for strength in (1.0, 0.25):
         generator = evaluate.ImageGenerator(parse("--lora_scale", strength), CPU)

@@ -51,7 +51,7 @@ def long_tailed_labels():
 
 def test_one_of_several_labels_is_drawn_anew_in_every_epoch():
     index = index_of([["mew", "pichu"]] * 30)
-    mix = sdxl_data.SpeciesMix(index, "random")
+    mix = sdxl_data.ClassMix(index, "random")
     plan = sdxl_data.SamplePlan(index, mix, "random", seed=0, global_batch=4)
     drawn = {row: set() for row in range(30)}
     for epoch in range(20):
@@ -97,7 +97,7 @@ def is_distributed_as(counts, expected):
 def test_the_delivered_species_follow_the_target(choice, m):
     labels = long_tailed_labels()
     index = index_of(labels)
-    mix = sdxl_data.SpeciesMix(index, choice, start=m, end=m)
+    mix = sdxl_data.ClassMix(index, choice, start=m, end=m)
     counts = deliver(sdxl_data.SamplePlan(index, mix, choice, seed=5, global_batch=50), 300)
     shares = distribution(labels, choice)
     assert is_distributed_as(counts, mixture(shares, m))
@@ -107,7 +107,7 @@ def test_the_delivered_species_follow_the_target(choice, m):
 def test_the_two_choices_of_a_label_differ_on_rows_with_two():
     labels = long_tailed_labels()
     index = index_of(labels)
-    mix = sdxl_data.SpeciesMix(index, "random", start=0.95, end=0.95)
+    mix = sdxl_data.ClassMix(index, "random", start=0.95, end=0.95)
     counts = deliver(sdxl_data.SamplePlan(index, mix, "random", seed=5, global_batch=50), 300)
     assert not is_distributed_as(counts, mixture(distribution(labels, "first"), 0.95))
 
@@ -116,7 +116,7 @@ def test_the_csv_is_delivered_even_when_the_data_differ():
     labels = long_tailed_labels()
     index = index_of(labels)
     csv = {f"species {s}": 1.0 + s for s in range(SPECIES)}  # the rarest is to be the commonest
-    mix = sdxl_data.SpeciesMix(index, "random", csv | {"absent": 50.0}, start=0.8, end=0.8)
+    mix = sdxl_data.ClassMix(index, "random", csv | {"absent": 50.0}, start=0.8, end=0.8)
     counts = deliver(sdxl_data.SamplePlan(index, mix, "random", seed=5, global_batch=50), 200)
     shares = {name: count / sum(csv.values()) for name, count in csv.items()}
     assert is_distributed_as(counts, mixture(shares, 0.8))
@@ -125,14 +125,14 @@ def test_the_csv_is_delivered_even_when_the_data_differ():
 
 
 def test_a_csv_without_any_of_the_species_is_an_error_that_names_the_flag():
-    with pytest.raises(sdxl_data.InputError, match="--species_csv"):
-        sdxl_data.SpeciesMix(index_of([["mew"], ["pichu"]]), "random", {"nidoran♀": 3.0})
+    with pytest.raises(sdxl_data.InputError, match="--class_csv"):
+        sdxl_data.ClassMix(index_of([["mew"], ["pichu"]]), "random", {"nidoran♀": 3.0})
 
 
 def test_the_mixture_moves_with_the_step_in_which_a_sample_is_used():
     labels, steps = long_tailed_labels(), 300
     index = index_of(labels)
-    mix = sdxl_data.SpeciesMix(index, "random", start=0.0, end=1.0, steps=steps)
+    mix = sdxl_data.ClassMix(index, "random", start=0.0, end=1.0, steps=steps)
     plan = sdxl_data.SamplePlan(index, mix, "random", seed=5, global_batch=50)
     thirds = [deliver(plan, steps // 3) for _ in range(3)]
     shares = distribution(labels, "random")
@@ -143,17 +143,17 @@ def test_the_mixture_moves_with_the_step_in_which_a_sample_is_used():
 
 def test_the_mixture_starts_and_ends_as_told():
     index = index_of([["a"], ["b"]])
-    linear = sdxl_data.SpeciesMix(index, "random", start=0.2, end=0.95, steps=6000)
-    cosine = sdxl_data.SpeciesMix(index, "random", start=0.2, end=0.95, steps=6000, schedule="cosine")
+    linear = sdxl_data.ClassMix(index, "random", start=0.2, end=0.95, steps=6000)
+    cosine = sdxl_data.ClassMix(index, "random", start=0.2, end=0.95, steps=6000, schedule="cosine")
     steps = (0, 1500, 3000, 6000, 9000)
     assert [linear.weight_of_data(s) for s in steps] == pytest.approx([0.2, 0.3875, 0.575, 0.95, 0.95])
     assert [cosine.weight_of_data(s) for s in steps] == pytest.approx([0.2, 0.309835, 0.575, 0.95, 0.95], abs=1e-6)
-    assert sdxl_data.SpeciesMix(index, "random", start=0.2, end=0.95, steps=0).weight_of_data(0) == 0.95
+    assert sdxl_data.ClassMix(index, "random", start=0.2, end=0.95, steps=0).weight_of_data(0) == 0.95
 
 
 @pytest.mark.parametrize("choice", ["first", "random"])
 def test_acceptance_is_a_probability_and_as_high_as_can_be(choice):
-    mix = sdxl_data.SpeciesMix(index_of(long_tailed_labels()), choice, start=0.0, end=1.0, steps=100)
+    mix = sdxl_data.ClassMix(index_of(long_tailed_labels()), choice, start=0.0, end=1.0, steps=100)
     for step in (0, 30, 100):
         acceptance = mix.acceptance(step)
         assert acceptance.shape == (SPECIES + 1,)
@@ -163,15 +163,15 @@ def test_acceptance_is_a_probability_and_as_high_as_can_be(choice):
 
 def test_a_label_that_never_comes_first_is_no_target_of_the_first_choice():
     index = index_of([["a", "c"], ["b", "c"]])
-    mix = sdxl_data.SpeciesMix(index, "first", start=0.2, end=0.2)
+    mix = sdxl_data.ClassMix(index, "first", start=0.2, end=0.2)
     assert mix.target(0) == pytest.approx([0.5, 0.5, 0.0])
-    assert sdxl_data.SpeciesMix(index, "random", start=0.0, end=0.0).target(0) == pytest.approx([1 / 3] * 3)
+    assert sdxl_data.ClassMix(index, "random", start=0.0, end=0.0).target(0) == pytest.approx([1 / 3] * 3)
 
 
 def test_unlabelled_images_are_taken_at_the_constant_rate():
     labels = [["a"]] * 300 + [[]] * 300
     index = index_of(labels)
-    plan = sdxl_data.SamplePlan(index, sdxl_data.SpeciesMix(index, "random"), "random", seed=1, global_batch=33)
+    plan = sdxl_data.SamplePlan(index, sdxl_data.ClassMix(index, "random"), "random", seed=1, global_batch=33)
     counts = deliver(plan, 300)
     arrived = counts["a"]  # one species only: every labelled image is taken, so as many unlabelled ones arrived
     expected = sdxl_data.UNLABELLED_ACCEPTANCE * arrived
@@ -180,7 +180,7 @@ def test_unlabelled_images_are_taken_at_the_constant_rate():
 
 def test_without_labels_each_image_comes_once_per_pass_in_a_new_order():
     index = index_of([[]] * 37)
-    plan = sdxl_data.SamplePlan(index, sdxl_data.SpeciesMix(index, "random"), "random", seed=3, global_batch=5)
+    plan = sdxl_data.SamplePlan(index, sdxl_data.ClassMix(index, "random"), "random", seed=3, global_batch=5)
     rows = [int(row) for _ in range(15) for row in plan.next_batch()[0]]
     first, second = rows[:37], rows[37:74]
     assert sorted(first) == sorted(second) == list(range(37))
@@ -193,7 +193,7 @@ def test_a_plan_depends_on_the_seed_and_not_on_the_order_of_the_shards():
     def delivered(seed, reverse=False):
         step = -1 if reverse else 1
         index = index_of(labels[::step], ids[::step])
-        plan = sdxl_data.SamplePlan(index, sdxl_data.SpeciesMix(index, "random"), "random", seed, global_batch=8)
+        plan = sdxl_data.SamplePlan(index, sdxl_data.ClassMix(index, "random"), "random", seed, global_batch=8)
         return [index.row(row)["image_id"] for _ in range(40) for row in plan.next_batch()[0]]
 
     assert delivered(1) == delivered(1, reverse=True)
@@ -201,7 +201,7 @@ def test_a_plan_depends_on_the_seed_and_not_on_the_order_of_the_shards():
 
 
 def micro_batches(index, batch_size=4, rank=0, world=1, accumulation=1, last_step=30, **position):
-    mix = sdxl_data.SpeciesMix(index, "random", start=0.0, end=1.0, steps=20)
+    mix = sdxl_data.ClassMix(index, "random", start=0.0, end=1.0, steps=20)
     plan = sdxl_data.SamplePlan(index, mix, "random", 9, batch_size * accumulation * world, **position)
     return sdxl_data.MicroBatches(plan, last_step, batch_size, rank, world)
 
@@ -245,7 +245,7 @@ def test_the_species_that_the_loader_delivers_follow_a_moving_mixture(tmp_path, 
 
     def deviation(shift):
         """Standard errors between what arrives and what is expected, with m off by `shift`."""
-        mix, rare = sdxl_data.SpeciesMix(index, "random", start=shift, end=1 + shift, steps=steps), 0
+        mix, rare = sdxl_data.ClassMix(index, "random", start=shift, end=1 + shift, steps=steps), 0
         for rank in range(world):
             plan = sdxl_data.SamplePlan(index, mix, "random", 5, 16)
             batches = sdxl_data.MicroBatches(plan, steps, 16 // world, rank, world)
@@ -274,7 +274,7 @@ def bucketed_index(labels):
 def test_the_delivered_species_follow_the_target_over_the_buckets_together(choice, m, monkeypatch):
     labels = long_tailed_labels()
     index = bucketed_index(labels)
-    mix, shares = sdxl_data.SpeciesMix(index, choice, start=m, end=m), distribution(labels, choice)
+    mix, shares = sdxl_data.ClassMix(index, choice, start=m, end=m), distribution(labels, choice)
 
     def clusters(weights=None):
         """Mean and standard error of every species' share over batches of one bucket each."""
@@ -311,7 +311,7 @@ def test_a_bucketed_plan_restarted_from_its_state_continues_identically():
 def test_unlabelled_images_come_at_their_constant_rate_over_the_buckets_too():
     index = index_of([["a"]] * 300 + [[]] * 300)
     index = replace(index, bucket_sizes=[(256, 128), (128, 256)], buckets=np.repeat([0, 1, 1, 1], 150))
-    plan = sdxl_data.SamplePlan(index, sdxl_data.SpeciesMix(index, "random"), "random", seed=1, global_batch=1)
+    plan = sdxl_data.SamplePlan(index, sdxl_data.ClassMix(index, "random"), "random", seed=1, global_batch=1)
     counts = deliver(plan, 6000)
     expected = 6000 * sdxl_data.UNLABELLED_ACCEPTANCE / (1 + sdxl_data.UNLABELLED_ACCEPTANCE)
     assert abs(counts[None] - expected) < 5 * np.sqrt(expected)

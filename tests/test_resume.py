@@ -34,8 +34,8 @@ def test_a_checkpoint_of_two_processes_goes_on_with_the_same_samples_on_any_numb
 
 
 def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_path):
-    first = [a for a in flags if a not in ("--species_csv",) and not str(a).endswith("train_species.csv")]
-    first += ["--species_mix", 1, 1, 0, "--max_train_samples", 24, "--train_batch_size", 2, "--max_train_steps", 5]
+    first = [a for a in flags if a not in ("--class_csv",) and not str(a).endswith("train_species.csv")]
+    first += ["--class_mix", 1, 1, 0, "--max_train_samples", 24, "--train_batch_size", 2, "--max_train_steps", 5]
     (tmp_path / "found").mkdir()
     hook, argv = partial(note_samples, tmp_path / "found"), [*first, "--resume_from_checkpoint", "latest"]
     argv += ["--train_batch_size", 7, "--max_train_steps", 7]
@@ -55,7 +55,7 @@ LEARNED = """
     --rank 3; --lora_alpha 3; --lora_dropout 0.1; --lora_target_modules to_q; --use_dora; --use_rslora;
     --train_text_encoder; --text_encoder_rank 3; --text_encoder_alpha 3; --vae_precision bf16; --base_precision int8;
     --max_train_samples 9; --resolution 128; --crop center; --random_flip; --image_interpolation_mode box;
-    --species_key tags; --species_choice first; --species_mix 0 1 5; --species_mix_schedule cosine;
+    --class_key tags; --class_choice first; --class_mix 0 1 5; --class_mix_schedule cosine;
     --aesthetic_key score; --aesthetic_scale 5; --caption_dropout_rate 0.5; --dropped_caption empty;
     --long_captions chunk; --snr_gamma 1; --prediction_type v_prediction; --noise_offset 0.1;
     --refiner_timestep_band 0 100; --optimizer prodigy; --learning_rate 1e-4; --text_encoder_lr_scale 0.5; --scale_lr;

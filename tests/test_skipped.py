@@ -80,7 +80,7 @@ def test_a_damaged_image_that_is_the_only_one_of_its_species_does_not_end_the_ru
 
 
 def note_skipped(index, output_dir, entries, limit=0.05, progress=None):
-    args = SimpleNamespace(output_dir=output_dir, max_bad_fraction=limit)
+    args = SimpleNamespace(output_dir=output_dir, max_bad_fraction=limit, train_shards=["a.tar"])
     trainer.note_skipped(args, index, progress or trainer.Progress(), entries)
     return [json.loads(line) for line in (output_dir / "skipped.jsonl").read_text().splitlines()]
 

@@ -41,7 +41,7 @@ def no_waiting(monkeypatch):
 
 def delivered(index, tmp_path, workers=0):
     """{image id: pixels} and the ids in the order of three steps of the stream."""
-    mix = sdxl_data.SpeciesMix(index, "random")
+    mix = sdxl_data.ClassMix(index, "random")
     batches = sdxl_data.MicroBatches(sdxl_data.SamplePlan(index, mix, "random", 1, 4), 3, 4, 0, 1)
     dataset = sdxl_data.ImageDataset(index, 1, 8, "random_ar", False, "box", str(tmp_path))
     loader = sdxl_data.make_loader(dataset, batches, workers, False)
@@ -286,13 +286,14 @@ def test_a_dataset_enters_the_same_stream(tmp_path, kept_as, monkeypatch):
     flags = {"dataset_config_name": None, "train_data_dir": None, "image_column": "picture"}
     flags |= {"dataset_name": str(tmp_path / "d"), "caption_column": "caption", "train_shards": None}
     args = SimpleNamespace(
-        **flags, cache_dir=None, output_dir=tmp_path, species_key="species_list", aesthetic_key="ae_aesthetic",
-        max_bad_fraction=0.2, max_train_samples=None,
+        **flags, cache_dir=None, output_dir=tmp_path, class_key="species_list", aesthetic_key="ae_aesthetic",
+        max_bad_fraction=0.2, max_train_samples=None, min_image_size=None, trigger_word=None, val_fraction=None,
+        instance_prompt=None,
     )  # fmt: skip
 
     @functools.wraps(trainer.load_index)
     def load():
-        return trainer.load_index(ALONE, args, "--dataset_name", seed=1)
+        return trainer.load_index(ALONE, args, "--dataset_name", seed=1)[0]
 
     index = load()
     assert [index.row(i)["labels"] for i in range(5)] == [["mew"], ["mew", "pichu"], [], [], ["pichu"]]
