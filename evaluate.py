@@ -661,18 +661,16 @@ def mirror_thumbnails(thumbnails):
 class Reference:
     """All images of a source, training or held-out. `places` says where the file of each image is stored."""
 
-    names: np.ndarray
-    ids: np.ndarray  # image ids
+    names: list
     places: list
     embeddings: np.ndarray  # (n, D)
     thumbnails: np.ndarray  # (n, 3, F) float16
+    ids: list = ()  # image ids
 
     def select(self, chosen):
         """Returns the Reference of the images for which `chosen` (n,) is true."""
-        places = [place for place, keep in zip(self.places, chosen) if keep]
-        return Reference(
-            self.names[chosen], self.ids[chosen], places, self.embeddings[chosen], self.thumbnails[chosen]
-        )
+        names, places, ids = ([x for x, keep in zip(xs, chosen) if keep] for xs in (self.names, self.places, self.ids))
+        return Reference(names, places, self.embeddings[chosen], self.thumbnails[chosen], ids)
 
 
 def embed_samples(samples, clip, quiet):
@@ -736,7 +734,8 @@ def embed_source(state, args, flag):
         state.wait_for_everyone()
     with np.load(cached) as data:
         places = json.loads(str(data["places"]))
-        return Reference(data["names"], data["ids"], places, data["embeddings"], data["thumbnails"])
+        names, ids = data["names"].tolist(), data["ids"].tolist()
+        return Reference(names, places, data["embeddings"], data["thumbnails"], ids)
 
 
 def embed_training_images(state, args):
@@ -823,7 +822,7 @@ def add_copies(rows, found, reference, limit):
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])
         row["copy_similarity"] = float(found["copy_similarity"][index])
-        row["nearest"] = str(reference.names[found["nearest"][index]])
+        row["nearest"] = reference.names[found["nearest"][index]]
         row["copy"] = bool(is_copy[index])
 
 
@@ -1192,7 +1191,7 @@ def find_copies(args, rows, reference, count=8):
     ranked = sorted(rows, key=lambda row: -row["copy_similarity"])
     copies = []
     for row in first_of_each(ranked, lambda row: row["nearest"], count):
-        path, offset, size = reference.places[reference.names.tolist().index(row["nearest"])]
+        path, offset, size = reference.places[reference.names.index(row["nearest"])]
         shard = sdxl_data.Shard(path, args.cache_dir or args.output_dir)
         copies.append((row, data_uri(sdxl_data.open_image(shard.read(offset, size))[0], 320)))
     return copies

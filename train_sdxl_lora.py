@@ -1121,8 +1121,8 @@ def log_data(index, mix, csv_counts, resolution):
         logger.warning("left out: %s", dict(Counter(map(data.damage_kind, index.damage))))
     unlabelled = int((np.diff(index.label_starts) == 0).sum())
     if classes and unlabelled:
-        logger.warning("--class_key: %d images have no class; they are used with probability %g, like a rare class",
-            unlabelled, data.UNLABELLED_ACCEPTANCE)  # fmt: skip
+        logger.warning("--class_key: %d of %d images have no class; they are used rarely, with probability %g",
+            unlabelled, len(index), data.UNLABELLED_ACCEPTANCE)  # fmt: skip
     enlarged = index.scales(resolution).max(axis=1)
     if (enlarged > 1).any():
         logger.warning("--resolution: %d of %d images are smaller and are scaled up, by up to %.1f ×",

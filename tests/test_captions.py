@@ -253,7 +253,7 @@ def test_small_images_are_left_out_and_listed(folder, tmp_path):
 def test_images_without_a_class_fade_and_the_log_says_so(folder, tmp_path):
     put(folder / "cat", "a.png", "b.png", size=(80, 70))
     result = assert_ok(run_trainer([*SMALL, "--train_data_dir", folder, "--dry_run"], tmp_path / "run"))
-    assert "8 images have no class; they are used with probability 0.1" in result.output
+    assert "8 of 10 images have no class; they are used rarely, with probability 0.1" in result.output
     facts = json.loads((tmp_path / "run/preview/preview.json").read_text())
     assert facts["unlabelled"] == 8 and facts["classes"]["cat"]["images"] == 2
 

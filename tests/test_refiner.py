@@ -353,7 +353,7 @@ def test_a_snapshot_with_unet_is_as_good_as_its_folder(refiner_args):
 
 
 def _words(args):
-    return ["--pretrained_model_name_or_path", SDXL, "--train_data_dir", args.train_data_dir, "--output_dir", "x"]
+    return ["--pretrained_model_name_or_path", SDXL, "--train_data_dir", *args.train_data_dir, "--output_dir", "x"]
 
 
 def test_defaults_are_those_of_the_stage(refiner_args):
@@ -366,7 +366,7 @@ def test_defaults_are_those_of_the_stage(refiner_args):
 
 
 def test_the_recipe_of_the_readme_runs_as_it_stands(world, tmp_path):
-    text = (ROOT / "README.md").read_text().split("### Base, then refiner")[1].split("\n## ")[0]
+    text = (ROOT / "README.md").read_text().split("## Refiner")[1].split("\n## ")[0]
     code = {kind: re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)[1] for kind in ("bash", "python")}
     stock_pipelines()[1].save_pretrained(tmp_path / "full-refiner")  # a whole snapshot, as the hub's is
     places = {"stabilityai/stable-diffusion-xl-base-1.0": SDXL, "data/train": world / "data/train"}

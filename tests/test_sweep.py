@@ -427,7 +427,7 @@ def test_conditions_hold_in_every_trial(words, tmp_path):
     found = parsed(words, tmp_path, space=space)
     flags = [hpo_sweep.suggest_flags(study.ask(), found) for _ in range(20)]
     assert all(("learning_rate" in f) == (f["optimizer"] == "adamw") for f in flags)
-    assert all(f["species_mix"] in ([0.0, 1.0, 100], [0.2, 0.95, 6000]) for f in flags)
+    assert all(f["class_mix"] in ([0.0, 1.0, 100], [0.2, 0.95, 6000]) for f in flags)
     assert not any("text_encoder_rank" in f for f in flags)  # no text encoder is trained
     found = parsed(words, tmp_path, space=space, fixed=("--rank", 4, "--train_text_encoder"))
     assert all("text_encoder_rank" in hpo_sweep.suggest_flags(study.ask(), found) for _ in range(5))

@@ -203,7 +203,7 @@ def test_a_dry_run_shows_the_run_without_the_unets_weights(flags, world, tmp_pat
     assert re.search(r"--resolution: \d+ of \d+ images are smaller and are scaled up", result.output)
     assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run/metrics.jsonl").exists()
     facts = json.loads((tmp_path / "run/preview/preview.json").read_text())
-    species = facts["species"]
+    species = facts["classes"]
     for name, shares in species.items():  # 4 steps: m is 0.2 in the first and 0.5 in the last
         for kind, m in (("at_start", 0.2), ("at_end", 0.5)):
             assert shares[kind] == pytest.approx((1 - m) / len(species) + m * shares["data"]), name
@@ -215,7 +215,7 @@ def test_a_dry_run_shows_the_run_without_the_unets_weights(flags, world, tmp_pat
     assert facts["seconds_at_least"] > 0 and 0 <= facts["cut_off"]["most"] < 0.5
     sheet = np.asarray(Image.open(tmp_path / "run/preview/contact_sheet.png").convert("RGB")).astype(int)
     assert ((sheet[..., 0] > 220) & (sheet[..., 1:] < 60).all(axis=2)).sum() > 5000  # the windows
-    assert Image.open(tmp_path / "run/preview/species.png").height == 120 + 32 * len(species)
+    assert Image.open(tmp_path / "run/preview/classes.png").height == 120 + 32 * len(species)
 
 
 def test_a_dry_run_counts_the_adapters_that_training_saves(flags, trained, tmp_path):
