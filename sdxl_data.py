@@ -388,7 +388,7 @@ class Shard:
 # 3 Samples
 # -----------------------------------------------------------------------------
 
-# control characters but tab and line ends, and halves of surrogate pairs, which UTF-8 cannot write
+# control characters except tab and line ends; also lone surrogates, which UTF-8 cannot encode
 NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -420,7 +420,7 @@ def parse_object(text):
 
 
 def read_captions(values):
-    """Returns the captions in texts and lists of texts, without empty ones. Raises ValueError if one is no text."""
+    """Returns the captions in strings and lists of strings, without empty ones. Raises ValueError for other values."""
     captions = [text for value in values for text in (value if isinstance(value, list) else [value])]
     captions = [caption for caption in captions if caption not in (None, "")]
     for caption in captions:
@@ -441,13 +441,13 @@ def decode_captions(raw):
 
 
 def choose_caption(captions, seed, position):
-    """Returns which of a sample's captions is used at its position in the run."""
+    """Returns the index of the caption that a sample uses at its position in the run."""
     return int(uniform(CAPTION, seed, position) * len(captions))
 
 
 @dataclass(frozen=True)
 class TagDraws:
-    """How the tags of a caption are drawn anew for each sample. The first `kept` tags stay where they are."""
+    """How a caption's tags are shuffled and dropped each time it is used. The first `kept` tags stay in place."""
 
     separator: str = ","
     kept: int = 0
@@ -472,7 +472,7 @@ class TagDraws:
 
 
 def read_labels(metadata, name):
-    """Returns a sample's labels in lower case. Raises ValueError if they are no list and no comma-separated string."""
+    """Returns a sample's labels in lower case. Raises ValueError if neither a list nor a string."""
     labels = metadata.get(name) or []
     labels = labels.split(",") if isinstance(labels, str) else labels
     if not isinstance(labels, list):
@@ -497,7 +497,7 @@ def oriented_size(image):
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"decompression bomb: {width}x{height} px is too large")
-    # a PNG's EXIF may come after the pixels, and Pillow would decode them to look for it
+    # a PNG may store its EXIF after the pixels, and Pillow would decode all of them to look for it
     has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
     is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (width, height) if is_turned else (height, width)
@@ -510,7 +510,7 @@ def measure_image(head, read_all=None):
     try:
         return oriented_size(Image.open(io.BytesIO(head)))
     except Exception as error:  # decoders raise all kinds of errors for damaged files
-        if read_all is not None:  # Pillow wants all of a WebP, and of a JPEG with long EXIF
+        if read_all is not None:  # Pillow needs the whole file of a WebP, or of a JPEG with long EXIF
             return measure_image(read_all())
         if isinstance(error, ValueError):
             raise
@@ -550,8 +550,8 @@ def iter_tar_members(shard, report):
     """Yields (name, (offset, size, first bytes, is clean)) of each file in a tar. Verifies the headers' checksums.
 
     At a damaged place, calls report(reason), yields None and goes on at the next valid header. Does not stop at blocks
-    of zeros: they end a tar, but are also found in damaged tars and in black images. A file is clean if zeros fill up
-    its last block of 512 bytes; anything else comes from another file.
+    of zeros: they end a tar, but also occur inside damaged tars and black images. A file is clean if the rest of its
+    last block of 512 bytes is zeros; any other bytes there come from another file.
     """
     position = zero_blocks = 0
     long_name = None
@@ -591,10 +591,11 @@ def iter_tar_members(shard, report):
             end = position + member.size
             filler = shard.peek(end, min(-member.size % 512, shard.size - end))
             yield name, (position, member.size, head, not filler.strip(b"\0"))
-            long_name = None
         elif member.islnk() or member.issym():
             report(f"link instead of a file: {name}; pack with tar --dereference --hard-dereference")
             yield None
+        if member.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+            long_name = None  # it is the name of this member only
         position += -(-member.size // 512) * 512
     if zero_blocks < 2:
         report("shard cut short: no end-of-archive mark")
@@ -604,8 +605,8 @@ def iter_tar_members(shard, report):
 def split_name(name):
     """Returns key, inner part and extension of a file's path: "a/b.mask.PNG" → ("a/b", "mask", "png").
 
-    In webdataset, all files of a sample have the same path up to the first dot. An inner part that cannot be the name
-    of a field belongs to the key: "v1.0 a.jpg" → ("v1.0 a", "", "jpg").
+    In webdataset, a sample's files share the path up to the first dot, and the inner part names a field, say a mask.
+    An inner part that is no such name is a part of the key: "v1.0 a.jpg" → ("v1.0 a", "", "jpg").
     """
     folder, _, filename = name.rpartition("/")
     stem, _, extension = filename.rpartition(".")
@@ -616,16 +617,16 @@ def split_name(name):
 
 
 def split_sample(key, parts):
-    """Yields (key, {extension: member}) of the samples in `parts`, {inner part: {extension: member}}."""
+    """Yields (key, {extension: member}) for each sample in `parts`, which is {inner part: {extension: member}}."""
     for inner, members in parts.items():
-        # an inner part with an image and a caption is a sample of its own; without a file of the plain key, all are
+        # a part with an image and a caption is a sample of its own; so is every part if no file has the plain key
         is_whole = members.keys() & set(IMAGE_EXTENSIONS) and members.keys() & set(CAPTION_EXTENSIONS)
         if not inner or is_whole or "" not in parts:
             yield f"{key}.{inner}" if inner else key, members
 
 
 def group_members(members):
-    """Yields (key, {extension: member}, whether files may be lost beside damage) of each sample in a tar."""
+    """Yields (key, {extension: member}, whether damage next to it may have lost files) for each sample in a tar."""
     current = None
     parts = {}  # {inner part: {extension: member}} of the key `current`
     was_damaged = False  # before the first file of `current`
@@ -709,11 +710,11 @@ def index_shard(shard, fields):
         rows.append(row)
         if "json" not in members:
             without_json.append((row, beside_damage))
-    # a .json is missed where nearly all samples have one, and beside damage if any sample has one
-    is_rare = len(without_json) <= len(rows) / 8
-    all_lack_it = len(without_json) == len(rows) > 1
+    # without .json, a sample is damaged if nearly all others have one, or if it is beside damage and others have one
+    nearly_all_have_it = len(without_json) <= len(rows) / 8
+    none_has_it = len(rows) > 1 and len(without_json) == len(rows)
     for row, beside_damage in without_json:
-        if is_rare or beside_damage and not all_lack_it:
+        if nearly_all_have_it or (beside_damage and not none_has_it):
             rows.remove(row)
             report("no .json: nearly all samples of the shard have one, or it is beside damage", row["key"])
     return rows, damage
@@ -735,12 +736,12 @@ def cached_index_shard(path, cache_dir, fields):
 
 
 def list_folder(folder, excluded, report, above=()):
-    """Yields the path of each file in a folder and in all folders below it, also behind links, in a fixed order.
+    """Yields the path of each file in a folder and in all folders below it, following links, in a fixed order.
 
     Leaves out the paths in `excluded`, hidden files and folders, and folders that a run of the trainer wrote.
     """
     real = os.path.realpath(folder)
-    if real in above or real in excluded:  # a link to a folder above it would never end
+    if real in above or real in excluded:  # following a link to a folder above would never end
         return
     try:
         names = sorted(name for name in os.listdir(folder) if not JUNK.match(name))
@@ -765,7 +766,7 @@ def list_folder(folder, excluded, report, above=()):
 def read_metadata(path):
     """Returns {place: row} of a metadata.jsonl, .csv or .parquet file. Raises InputError if it is damaged."""
     rows = {}
-    place = "row 0"
+    place = ""
     try:
         if path.endswith(".parquet"):
             rows = {f"row {n}": row for n, row in enumerate(pa.parquet.read_table(path).to_pylist())}
@@ -779,7 +780,7 @@ def read_metadata(path):
                 if line.strip():
                     rows[place] = parse_object(line)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise InputError(f"--train_data_dir: {path} {place}: {error}") from error
+        raise InputError(f"--train_data_dir: {f'{path} {place}'.strip()}: {error}") from error
     columns = dict.fromkeys(str(name) for row in rows.values() for name in row)
     if columns and "file_name" not in columns:
         raise InputError(f"--train_data_dir: {path} has columns {', '.join(columns)}; expected file_name and others")
@@ -836,7 +837,7 @@ class FolderFiles:
         if not captions and fields.instance_prompt:
             captions = [fields.instance_prompt]
         if not captions and path not in self.rows and self.described & set(map(str, Path(path).parents)):
-            raise ValueError("not in the metadata: and without a caption file")
+            raise ValueError("not in the metadata: no row and no caption file")
         if not captions:
             raise ValueError("empty caption" if any(files) else "no caption")
         return captions
@@ -847,14 +848,15 @@ def folder_class(path, source):
     parts = Path(os.path.relpath(path, source)).parts
     if len(parts) < 2 or parts[0] == "..":
         return None, 1
-    repeats, name = re.fullmatch(r"(?:(\d+)_(?=.))?(.+)", parts[0], re.DOTALL).groups("1")
+    numbered = re.fullmatch(r"(\d+)_(.+)", parts[0], re.DOTALL)
+    repeats, name = numbered.groups() if numbered else (1, parts[0])
     return name.strip().casefold(), int(repeats)
 
 
 def index_folders(sources, fields, excluded=()):
     """Returns the index rows of all images in folders, a list of the damage, and {path: stamp} of the images.
 
-    An image's label is in the metadata, or else its first folder is. `excluded` holds real paths that are left out.
+    An image's label comes from the metadata, or else from its first folder. `excluded`: real paths that are left out.
     """
     sources = [os.path.abspath(os.path.expanduser(source)) for source in sources]
     root = os.path.commonpath(sources)
@@ -877,8 +879,8 @@ def index_folders(sources, fields, excluded=()):
             ids = [str(row["image_id"]) for row in described if row.get("image_id")]
             scores = [row[fields.score] for row in described if row.get(fields.score) is not None]
             place = (path, 0, stat.st_size)
-            read_all = Path(path).read_bytes
-            row = make_row(key, [*ids, key][0], captions, labels, [*scores, None][0], head, read_all, place)
+            image_id, score = next(iter(ids), key), next(iter(scores), None)
+            row = make_row(key, image_id, captions, labels, score, head, Path(path).read_bytes, place)
         except (ValueError, OSError) as error:
             report(str(error), path)
             continue
@@ -900,7 +902,7 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
             table = table["train"] if isinstance(table, datasets.DatasetDict) else table
         else:
             table = datasets.load_dataset(source, config_name, split="train", cache_dir=cache_dir)
-    except Exception as error:  # the libraries below raise all kinds of errors
+    except Exception as error:  # datasets and its dependencies raise all kinds of errors
         raise InputError(f"{flag}: {source}: {error}") from error
     for column_flag, column in (("--image_column", fields.image), ("--caption_column", fields.caption)):
         is_needed = column_flag == "--image_column" or not fields.instance_prompt
@@ -916,7 +918,7 @@ def index_table(table, source, fields):
     rows, damage = [], []
     feature = table.features.get(fields.labels)
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel, or a list of them
-    ids = {}  # {hash of an image: image_id}, so that rows with one image and no image_id share one
+    ids = {}  # {hash of an image: image_id}: rows that repeat an image without image_id get the same
     for number, row in enumerate(table):
         image = row[fields.image] or {}
         name = f"row {number}"
@@ -947,7 +949,7 @@ def damage_kind(entry):
 
 
 def count_damaged(damage):
-    """Returns the number of damaged samples. A damaged shard in which no damaged sample is known counts as one."""
+    """Returns the number of damaged samples. A damaged shard that names no damaged sample counts as one."""
     damage = [entry for entry in damage if damage_kind(entry) not in LEFT_OUT]
     named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
     cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
@@ -955,7 +957,7 @@ def count_damaged(damage):
 
 
 def merge_rows(table, damage):
-    """Merges rows with one image_id and one image. Returns the table, and `damage` with those of another image."""
+    """Merges rows with the same id and image. Returns the table, and `damage` plus rows whose id has another image."""
     ids = table.column("image_id").to_pylist()
     if len(set(ids)) == len(ids):
         return table, damage
@@ -1024,11 +1026,11 @@ class Index:
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
     def scales(self, resolution):
-        """Returns the crop size of each image divided by its full size, (N, 2): for height and for width."""
+        """Returns the cropped height and width of each image, divided by its full height and width, (N, 2)."""
         return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
 
     def label_weights(self, choice):
-        """Returns three arrays with one entry per label: its row, code and weight. "first" skips further labels."""
+        """Returns row, code and weight of each label of each image, as three arrays. "first": only the first label."""
         counts = np.diff(self.label_starts)
         if choice == "first":
             rows = np.flatnonzero(counts)
@@ -1036,7 +1038,7 @@ class Index:
         return np.repeat(np.arange(len(self)), counts), self.label_codes, np.repeat(1 / np.maximum(counts, 1), counts)
 
     def count_repeats(self, choice):
-        """Returns {class: images, each times its folder's repeats}, or None if no folder's name has repeats."""
+        """Returns {class: number of images, each counted `repeats` times}, or None if all repeats are 1."""
         repeats = self.table.column("repeats").to_numpy()
         if (repeats == 1).all():
             return None

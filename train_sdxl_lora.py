@@ -188,7 +188,7 @@ def add_data_arguments(parser):
         help="WebDataset shards: .tar files, folders of them, brace patterns; also s3://, https:// and pipe:COMMAND")
     add("--train_data_dir", nargs="+", metavar="DIR",
         help="folders of images with metadata.jsonl, .csv or .parquet, or with a .txt or .caption file per image; "
-        "the first folder below DIR is the class, 10_NAME gives it the weight 10")
+        "the first folder below DIR names the class (10_NAME: class NAME, weight 10)")
     add("--dataset_name", metavar="PATH|ID", help="dataset on the hub or on disk")
     add("--dataset_config_name", metavar="NAME", help="configuration of --dataset_name")
     add("--val_shards", nargs="+", metavar="TAR", help="shards for the validation loss")
@@ -203,19 +203,19 @@ def add_data_arguments(parser):
     add("--keep_tags", type=int, default=0, metavar="N", help="first N tags that are neither moved nor left out")
     add("--tag_separator", default=",", metavar="TEXT", help="what separates tags")
     add("--max_train_samples", type=int, metavar="N", help="train on only N samples, chosen by --seed")
-    add("--max_bad_fraction", type=float, default=0.05, metavar="P", help="stop if more of the samples are damaged")
+    add("--max_bad_fraction", type=float, default=0.05, metavar="P", help="stop if a larger fraction is damaged")
     add("--min_image_size", type=int, metavar="PX", help="leave out smaller images; skipped.jsonl lists them")
     add("--cache_dir", metavar="DIR", help="for downloads, shard copies, index and encodings (default: --output_dir)")
     add("--resolution", type=int, default=1024, metavar="PX", help="side of the training crops, a multiple of 8")
     add("--crop", choices=["random_ar", "center", "bucket"],
-        help="random_ar: a square near the middle of the long side; center: the middle square; bucket: aspect-ratio "
+        help="random_ar: a randomly placed square near the middle; center: the middle square; bucket: aspect-ratio "
         "bucketing, one bucket per batch (default: random_ar, refiner: center)")
     add("--center_crop", **switch, help="same as --crop center")
     add("--random_flip", **switch, help="mirror half of the images")
     modes = ["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"]
     add("--image_interpolation_mode", choices=modes, default="lanczos", help="how images are resized")
     add("--class_csv", "--species_csv", metavar="FILE",
-        help="class counts: columns class (or pokemon, species) and count (default: counted from the data)")
+        help="CSV of class counts, with columns class and count (default: counted from the data)")
     add("--class_key", "--species_key", default="species_list", metavar="NAME",
         help="JSON field or column with the class labels")
     add("--class_choice", "--species_choice", choices=["first", "random"], default="random",
@@ -226,7 +226,7 @@ def add_data_arguments(parser):
     add("--class_mix_schedule", "--species_mix_schedule", choices=["linear", "cosine"], default="linear",
         help="how m goes from START to END")
     add("--aesthetic_key", default="ae_aesthetic", metavar="NAME", help="refiner: field or column with the score")
-    add("--aesthetic_scale", type=float, default=10.0, metavar="X", help="refiner: score = field / X; 6 if missing")
+    add("--aesthetic_scale", type=float, default=10.0, metavar="X", help="refiner: score = field / X, or 6 without it")
     add("--train_batch_size", type=int, default=16, metavar="N", help="images per device and micro-step")
     add("--dataloader_num_workers", type=int, metavar="N", help="decoding processes per device (default: by cores)")
     add("--cache_latents", **switch, help="encode each image once, to CACHE_DIR/encodings; not with --crop random_ar")

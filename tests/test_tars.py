@@ -83,6 +83,21 @@ def test_names_in_another_encoding_are_names_too(tmp_path):
     assert read(path) == ({"caf\\xe9": ["x"]}, {})
 
 
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE])
+def test_the_long_name_of_a_folder_or_link_is_not_that_of_the_next_file(tmp_path, tar_format, kind):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        entry = tarfile.TarInfo("x" * 150)
+        entry.type, entry.linkname = kind, "y" * 150
+        tar.addfile(entry)
+        for name, data in (("a.png", image(1)), ("a.txt", b"a"), ("b.png", image(2)), ("b.txt", b"b")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert read(str(path))[0] == {"a": ["a"], "b": ["b"]}
+
+
 def test_a_link_in_a_tar_is_reported(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"a.png": image(1), "a.txt": b"a", "b.png": image(2)})
     with tarfile.open(path, "a") as tar:
