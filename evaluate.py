@@ -745,6 +745,8 @@ def embed_training_images(state, args):
     reference = embed_source(state, args, "train_shards" if args.train_shards else "train_data_dir")
     if args.val_fraction:
         held_out = sdxl_data.is_held_out(reference.ids, args.val_fraction)
+        if held_out.all():
+            raise InputError(f"--val_fraction: {args.val_fraction} of {len(held_out)} images leaves no training image")
         return reference.select(~held_out), reference.select(held_out)
     return reference, embed_source(state, args, "val_shards") if args.val_shards else reference
 

@@ -8,7 +8,7 @@ The sections, in the order data flows; each calls only what is above it:
      5 Plan                    which rows make up which batch: a pure function of the step
      6 Images and batches      decode, crop, resize; the dataset and its loader
      7 Encoding cache          latents and text embeddings on disk
-     8 Preview                 the pictures and charts of --dry_run
+     8 Text in figures         fonts, and labels that they can write
 train_sdxl_lora.py, evaluate.py and hpo_sweep.py import this file; it imports none of them. Functions that need torch,
 datasets or matplotlib import them: loading them takes seconds, and flags are checked before that.
 """
@@ -51,18 +51,19 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # mean "save and exit" to the scripts
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in diffusers' format
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "avif", "jfif", "tif", "tiff", "gif")
-UNREADABLE_EXTENSIONS = ("heic", "heif", "jxl", "psd")  # images that Pillow cannot read, so a folder's are reported
+UNREADABLE_EXTENSIONS = "heic heif jxl svg raw dng cr2 cr3 nef arw exr hdr".split()  # reported when in a folder
 CAPTION_EXTENSIONS = ("txt", "caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # what systems leave in folders and tars
 JUNK = re.compile(r"\._|\.DS_Store$|__MACOSX$|Thumbs\.db$|\.ipynb_checkpoints$|@eaDir$")
 # reported in skipped.jsonl, but not counted as damage
-LEFT_OUT = ("not in the metadata", "hidden", "too small", "colour profile ignored")
+LEFT_OUT = "not in the metadata,hidden,too small,colour profile ignored,second image,no .json,other file".split(",")
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused by their header: PIL's own limit for decompression bombs
 MAX_OPEN_SHARDS = 4096  # shards, or images of a folder, that a process keeps open
 IO_ATTEMPTS = 7  # tries of a read over the network, half a minute in all, before the run ends
 IO_THREADS = 16  # simultaneous reads over the network per process
 READ_AHEAD = 1 << 17  # bytes that indexing reads at once
+MAX_KEPT_BYTES = 1 << 28  # of a shard's files during indexing; more of them are read again
 HEADER_BYTES = 1 << 16  # bytes read of each image to get its size; the full file is read if they are not enough
 STAMP_SECONDS = 60  # how often a remote shard is checked for changes
 INDEX_VERSION = 4  # part of the index cache's key: raise it when a column changes
@@ -473,11 +474,13 @@ class TagDraws:
 
 def read_labels(metadata, name):
     """Returns a sample's labels in lower case. Raises ValueError if neither a list nor a string."""
-    labels = metadata.get(name) or []
-    labels = labels.split(",") if isinstance(labels, str) else labels
-    if not isinstance(labels, list):
+    labels = metadata.get(name)
+    labels = labels.split(",") if isinstance(labels, str) else [labels] if isinstance(labels, (int, float)) else labels
+    if not isinstance(labels, list | None):
         raise ValueError(f"{name} is {labels!r}, not a list or a text")
-    names = [str(label).strip().casefold() for label in labels if label is not None]
+    names = [
+        str(label).strip().casefold() for label in labels or () if label is not None and label == label
+    ]  # not NaN
     return list(dict.fromkeys(name for name in names if is_text(name)))
 
 
@@ -498,8 +501,9 @@ def oriented_size(image):
     if width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"decompression bomb: {width}x{height} px is too large")
     # a PNG may store its EXIF after the pixels, and Pillow would decode all of them to look for it
-    has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
-    is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    has_exif = image.format != "PNG" or {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
+    # Pillow turns TIFFs by itself
+    is_turned = has_exif and image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (width, height) if is_turned else (height, width)
 
 
@@ -514,7 +518,7 @@ def measure_image(head, read_all=None):
             return measure_image(read_all())
         if isinstance(error, ValueError):
             raise
-        raise ValueError(f"cannot decode image: {error}") from None
+        raise ValueError(f"cannot decode image: {str(error).partition(' <_io')[0]}") from None  # no address of memory
 
 
 def hash_image(head, size):
@@ -537,6 +541,8 @@ INDEX_SCHEMA = pa.schema({
 
 def make_row(key, image_id, captions, labels, score, head, read_all, place):
     """Returns a row of the index. `place`: (path, offset, size) of the image. Raises ValueError if it is damaged."""
+    if not is_text(image_id):
+        raise ValueError("image_id is not text")
     height, width = measure_image(head, read_all)
     path, offset, size = place
     return {
@@ -554,6 +560,11 @@ def iter_tar_members(shard, report):
     last block of 512 bytes is zeros; any other bytes there come from another file.
     """
     position = zero_blocks = 0
+    if shard.size and shard.peek(0, min(shard.size, 4)).startswith(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f", b"PK\3\4")
+    ):
+        report('compressed, not a tar: unpack it, or give "pipe:zcat FILE"')
+        return
     long_name = None
     lost = False  # between a damaged header and the next valid one
     while position + 512 <= shard.size:
@@ -609,18 +620,18 @@ def split_name(name):
     An inner part that is no such name is a part of the key: "v1.0 a.jpg" → ("v1.0 a", "", "jpg").
     """
     folder, _, filename = name.rpartition("/")
-    stem, _, extension = filename.rpartition(".")
+    stem, extension = os.path.splitext(filename)
     first, _, inner = stem.partition(".") if not stem.startswith(".") else (stem, "", "")
     if inner and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", inner):
         first, inner = stem, ""
-    return f"{folder}/{first}" if folder else first, inner, extension.lower()
+    return f"{folder}/{first}" if folder else first, inner, extension[1:].lower()
 
 
 def split_sample(key, parts):
     """Yields (key, {extension: member}) for each sample in `parts`, which is {inner part: {extension: member}}."""
     for inner, members in parts.items():
         # a part with an image and a caption is a sample of its own; so is every part if no file has the plain key
-        is_whole = members.keys() & set(IMAGE_EXTENSIONS) and members.keys() & set(CAPTION_EXTENSIONS)
+        is_whole = members.keys() & set(IMAGE_EXTENSIONS) and members.keys() & {*CAPTION_EXTENSIONS, "json"}
         if not inner or is_whole or "" not in parts:
             yield f"{key}.{inner}" if inner else key, members
 
@@ -659,11 +670,14 @@ def read_member(shard, member):
 
 def read_sample_captions(shard, members, metadata, fields):
     """Returns a sample's captions: of its .txt or .caption file, or else of its JSON. Raises ValueError if damaged."""
-    file = next((members[e] for e in CAPTION_EXTENSIONS if e in members), None)
-    captions = decode_captions(read_member(shard, file)) if file else read_captions([metadata.get(fields.caption)])
+    files = [members[extension] for extension in CAPTION_EXTENSIONS if extension in members]
+    captions = []
+    for file in files:
+        captions = captions or decode_captions(read_member(shard, file))
+    captions = captions or read_captions([metadata.get(fields.caption)])
     if not captions:
-        raise ValueError("empty caption" if file else "no caption")
-    if file and any(f'"{name}":' in caption for name in metadata for caption in captions):
+        raise ValueError("empty caption" if files else "no caption")
+    if files and any(f'"{name}":' in caption for name in metadata for caption in captions):
         raise ValueError("JSON in the caption")
     return captions
 
@@ -674,40 +688,65 @@ def index_sample(shard, key, members, fields):
     if image is None:
         raise ValueError("no image")
     offset, size, head, _ = members[image]
+    head = head or shard.peek(offset, min(size, HEADER_BYTES))
     for extension in (image, "json", *CAPTION_EXTENSIONS):
         if extension in members and not members[extension][-1]:
             raise ValueError(f"blocks of another file: at the end of .{extension}")
     metadata = parse_object(read_member(shard, members["json"])) if "json" in members else {}
     captions = read_sample_captions(shard, members, metadata, fields)
     image_id = str(metadata.get("image_id") or f"{shard.path.rpartition('/')[2]}/{key}")
-    if not is_text(image_id):
-        raise ValueError("image_id is not text")
     labels = read_labels(metadata, fields.labels)
     score = metadata.get(fields.score)
     place = (shard.path, offset, size)
     return make_row(key, image_id, captions, labels, score, head, lambda: read_member(shard, members[image]), place)
 
 
+def join_samples(groups, report):
+    """Yields (key, {extension: member}, is beside damage) for each sample, from what group_members() returns.
+
+    Plain tar may not put a sample's files next to each other; then all files with the same key are joined. In a tar
+    where most samples are in one piece, a key that comes again is damage.
+    """
+    samples, again = {}, []
+    kept = 0  # bytes of the files
+    for key, members, beside_damage in groups:
+        for extension, (*place, head, is_clean) in members.items():
+            kept += len(head)
+            members[extension] = (*place, head if kept < MAX_KEPT_BYTES else b"", is_clean)
+        if key in samples:
+            again.append((key, members))
+        else:
+            samples[key] = [members, beside_damage]
+    is_scattered = len({key for key, _ in again}) > len(samples) / 4
+    for key, members in again:
+        if is_scattered and not samples[key][0].keys() & members.keys():
+            samples[key][0] |= members
+        else:
+            report("duplicate key", key)
+    for key, (members, beside_damage) in samples.items():
+        yield key, members, beside_damage and not is_scattered
+
+
 def index_shard(shard, fields):
     """Returns two lists: the shard's index rows, and a {"shard", "key", "reason"} for each damaged place or sample."""
-    rows, damage = [], []
-    seen = set()
-    without_json = []  # (row, is beside damage)
+    rows, damage, without_json = [], [], []
 
     def report(reason, key=None):
         damage.append({"shard": shard.path, "key": key, "reason": reason})
 
-    for key, members, beside_damage in group_members(iter_tar_members(shard, report)):
-        if key in seen:
-            report("duplicate key", key)
+    for key, members, beside_damage in join_samples(group_members(iter_tar_members(shard, report)), report):
+        images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+        if not images and not members.keys() & {*CAPTION_EXTENSIONS, "json"}:
+            report("other file: no image, caption or .json", key)
             continue
-        seen.add(key)
         try:
             row = index_sample(shard, key, members, fields)
         except ValueError as error:
             report(str(error), key)
             continue
         rows.append(row)
+        if len(images) > 1:
+            report(f"second image: .{images[1]} beside .{images[0]}", f"{key}.{images[1]}")
         if "json" not in members:
             without_json.append((row, beside_damage))
     # without .json, a sample is damaged if nearly all others have one, or if it is beside damage and others have one
@@ -716,7 +755,7 @@ def index_shard(shard, fields):
     for row, beside_damage in without_json:
         if nearly_all_have_it or (beside_damage and not none_has_it):
             rows.remove(row)
-            report("no .json: nearly all samples of the shard have one, or it is beside damage", row["key"])
+            report("lost .json: beside a damaged place" if beside_damage else "no .json: most have one", row["key"])
     return rows, damage
 
 
@@ -741,29 +780,33 @@ def list_folder(folder, excluded, report, above=()):
     Leaves out the paths in `excluded`, hidden files and folders, and folders that a run of the trainer wrote.
     """
     real = os.path.realpath(folder)
-    if real in above or real in excluded:  # following a link to a folder above would never end
+    if real in above or (above and real in excluded):  # following a link to a folder above would never end
         return
     try:
         names = sorted(name for name in os.listdir(folder) if not JUNK.match(name))
     except OSError as error:
         report(f"cannot read the folder: {error.strerror}", folder)
         return
-    if above and {"config.yaml", "run.json"} <= set(names):
+    marks = ({"config.yaml", "run.json"}, {"preview.json"}, {"metrics.json", "per_image.csv"})
+    if above and any(mark <= set(names) for mark in marks):
         report("hidden: the output of a run", folder)
         return
+    folders = []
     for name in names:
         path = os.path.join(folder, name)
         if name.startswith("."):
             report("hidden: its name begins with a dot", path)
         elif not is_text(name):
-            report("file name is not UTF-8", path)
-        elif not os.path.isdir(path):
+            report("name is not UTF-8", path)
+        elif os.path.isdir(path):
+            folders.append(path)
+        else:
             yield path
-    for path in filter(os.path.isdir, (os.path.join(folder, name) for name in names if not name.startswith("."))):
+    for path in folders:
         yield from list_folder(path, excluded, report, (*above, real))
 
 
-def read_metadata(path):
+def read_metadata(path, fields):
     """Returns {place: row} of a metadata.jsonl, .csv or .parquet file. Raises InputError if it is damaged."""
     rows = {}
     place = ""
@@ -772,8 +815,11 @@ def read_metadata(path):
             rows = {f"row {n}": row for n, row in enumerate(pa.parquet.read_table(path).to_pylist())}
         elif path.endswith(".csv"):
             with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
+                reader = csv.DictReader(file, skipinitialspace=True, strict=True)
                 rows = {f"line {reader.line_num}": row for row in reader}
+            wide = [place for place, row in rows.items() if None in row]
+            if wide:
+                raise ValueError(f"{wide[0]} has more values than columns; put quotes around a text with commas")
         else:
             for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
                 place = f"line {number}"
@@ -784,7 +830,18 @@ def read_metadata(path):
     columns = dict.fromkeys(str(name) for row in rows.values() for name in row)
     if columns and "file_name" not in columns:
         raise InputError(f"--train_data_dir: {path} has columns {', '.join(columns)}; expected file_name and others")
+    if columns and not columns.keys() & {fields.caption, fields.labels, fields.score, "image_id"}:
+        raise InputError(f"--caption_column: {path} has columns {', '.join(columns)}; found no {fields.caption}")
     return rows
+
+
+def is_image(path):
+    """Returns whether Pillow can open a file, whatever its extension."""
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # decoders raise all kinds of errors for other files
+        return False
 
 
 def same_path(path):
@@ -795,7 +852,7 @@ def same_path(path):
 class FolderFiles:
     """The images, caption files and metadata in folders. Keys are paths as same_path() gives them."""
 
-    def __init__(self, sources, excluded, report):
+    def __init__(self, sources, fields, excluded, report):
         self.images = {}  # {path: (path on disk, its folder in `sources`)}
         self.captions = {}  # {(path without extension, extension): path on disk}
         self.rows = {}  # {path: [rows of metadata that name this image]}
@@ -809,11 +866,15 @@ class FolderFiles:
                     metadata.append((path, source))
                 elif extension in CAPTION_EXTENSIONS:
                     self.captions[stem, extension] = path
-                elif extension in IMAGE_EXTENSIONS + UNREADABLE_EXTENSIONS:
-                    self.images.setdefault(same_path(path), (path, source))
+                elif not os.path.isfile(path):
+                    report("cannot read: not a file, or a link to nothing", path)
+                elif extension in IMAGE_EXTENSIONS or extension in UNREADABLE_EXTENSIONS or is_image(path):
+                    same = same_path(path)
+                    is_other = self.images.get(same, (path,))[0] != path  # é in both forms
+                    self.images[f"{same}/2" if is_other else same] = (path, source)
         for path, source in metadata:
             self.described.add(same_path(os.path.dirname(path)))
-            for place, row in read_metadata(path).items():
+            for place, row in read_metadata(path, fields).items():
                 image = self.find_image(os.path.dirname(path), row.get("file_name"))
                 if image is None:
                     report(f"no such image: {row.get('file_name')}", path, place)
@@ -848,7 +909,7 @@ def folder_class(path, source):
     parts = Path(os.path.relpath(path, source)).parts
     if len(parts) < 2 or parts[0] == "..":
         return None, 1
-    numbered = re.fullmatch(r"(\d+)_(.+)", parts[0], re.DOTALL)
+    numbered = re.fullmatch(r"(\d{1,4})_(.+)", parts[0], re.DOTALL)  # a longer number is a date or the like
     repeats, name = numbered.groups() if numbered else (1, parts[0])
     return name.strip().casefold(), int(repeats)
 
@@ -866,7 +927,7 @@ def index_folders(sources, fields, excluded=()):
         key = os.path.relpath(path, root).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         damage.append({"shard": root, "key": f"{key} {place}" if place else key, "reason": reason})
 
-    files = FolderFiles(sources, excluded, report)
+    files = FolderFiles(sources, fields, excluded, report)
     for same, (path, source) in files.images.items():
         try:
             captions = files.find_captions(same, fields)
@@ -899,6 +960,8 @@ def load_table(flag, source, fields, config_name=None, cache_dir=None):
     try:
         if (Path(source) / "dataset_info.json").exists() or (Path(source) / "dataset_dict.json").exists():
             table = datasets.load_from_disk(source)
+            if isinstance(table, datasets.DatasetDict) and "train" not in table:
+                raise ValueError(f"it has the splits {', '.join(table)}, but no train")
             table = table["train"] if isinstance(table, datasets.DatasetDict) else table
         else:
             table = datasets.load_dataset(source, config_name, split="train", cache_dir=cache_dir)
@@ -926,6 +989,8 @@ def index_table(table, source, fields):
             captions = read_captions([row.get(fields.caption)])
             if not captions and not fields.instance_prompt:
                 raise ValueError("no caption")
+            if not image.get("bytes") and not image.get("path"):
+                raise ValueError("no image")
             data = image.get("bytes")
             place = (IN_TABLE, number, -1)
             if data is None:
@@ -961,9 +1026,11 @@ def merge_rows(table, damage):
     ids = table.column("image_id").to_pylist()
     if len(set(ids)) == len(ids):
         return table, damage
-    damage = list(damage)
-    merged = {}
+    damage, merged = list(damage), {}
     for row in table.to_pylist():
+        was_given = row["image_id"] != f"{row['path'].rpartition('/')[2]}/{row['key']}"
+        if not was_given and merged.get(row["image_id"], row)["digest"] != row["digest"]:  # shards of the same name
+            row["image_id"] = f"{row['path']}/{row['key']}"
         first = merged.setdefault(row["image_id"], row)
         if row["digest"] != first["digest"]:
             reason = f"duplicate image_id: {row['image_id']}"
@@ -986,6 +1053,7 @@ def leave_out_small(table, damage, min_size):
 
 def add_trigger_word(table, trigger_word, joiner):
     """Returns the table with the trigger word in front of all captions that do not begin with it."""
+    trigger_word = trigger_word.removesuffix(joiner.strip() or joiner)
     begins = re.compile(re.escape(trigger_word) + r"(?!\w)")
     rows = table.column("captions").to_pylist()
     rows = [[text if begins.match(text) else f"{trigger_word}{joiner}{text}" for text in texts] for texts in rows]
@@ -1040,7 +1108,7 @@ class Index:
     def count_repeats(self, choice):
         """Returns {class: number of images, each counted `repeats` times}, or None if all repeats are 1."""
         repeats = self.table.column("repeats").to_numpy()
-        if (repeats == 1).all():
+        if (repeats == 1).all() or not repeats.any():
             return None
         rows, codes, weights = self.label_weights(choice)
         counts = np.bincount(codes, weights=weights * repeats[rows], minlength=len(self.label_names))
@@ -1231,6 +1299,19 @@ class MicroBatches:
 # -----------------------------------------------------------------------------
 
 
+@cache
+def srgb_transform(profile, mode):
+    """Returns a Pillow transform to sRGB, or None if the profile is sRGB itself. Raises errors if it is broken."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "RGB":
+        return transform
+    steps = np.arange(256, dtype=np.uint8)
+    probe = np.stack([np.stack([steps, steps, steps], 1), np.stack([steps, steps[::-1], 0 * steps], 1)])
+    change = np.abs(probe.astype(int) - np.asarray(ImageCms.applyTransform(Image.fromarray(probe), transform)))
+    return None if change.max() <= 3 else transform
+
+
 def to_srgb(image, profile):
     """Returns an image in the colours of sRGB, and why its colour profile was ignored, or None."""
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -1238,9 +1319,8 @@ def to_srgb(image, profile):
         image = image.convert("L" if image.mode == "LA" else "RGB")
     problem = None
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" not in ImageCms.getProfileDescription(source).casefold():
-            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        transform = srgb_transform(profile, image.mode)
+        image = image if transform is None else ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         problem = f"colour profile ignored: {' '.join(str(error).split())}"
     if alpha is not None:
@@ -1269,7 +1349,7 @@ def open_image(data, cover=None):
         if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     except Exception as error:  # decoders raise all kinds of errors for damaged files
-        raise ValueError(f"cannot decode image: {error}") from None
+        raise ValueError(f"cannot decode image: {str(error).partition(' <_io')[0]}") from None
     image, problem = to_srgb(image, profile) if profile else (image, None)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -1598,37 +1678,8 @@ class EncodingCache:
 
 
 # -----------------------------------------------------------------------------
-# 8 Preview
+# 8 Text in figures
 # -----------------------------------------------------------------------------
-
-
-def describe_data(dataset, plan, steps, caption_tokens):
-    """Returns the statistics for preview.json: the dataset, and how a run of `steps` steps will sample it."""
-    index = dataset.index
-    last = max(steps - 1, 0)
-    scales = index.scales(dataset.resolution)
-    cut = 1 - scales.min(axis=1) / scales.max(axis=1)
-    bucket_images = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
-    columns = zip(plan.arrivals[:, :-1].sum(axis=0), plan.mix.data, plan.mix.target(0), plan.mix.target(last))
-    classes = [dict(zip(("images", "data", "at_start", "at_end"), map(float, row))) for row in columns]
-    columns = zip(dataset.bucket_sizes, bucket_images, plan.bucket_weights(0), plan.bucket_weights(last))
-    buckets = [{"size": size, "images": int(n), "at_start": start, "at_end": end} for size, n, start, end in columns]
-    fields = index.table.column("score").to_pylist()
-    scores = Counter(int(scale_aesthetic(value, dataset.aesthetic_scale)) for value in fields if value is not None)
-    scores[9] += scores.pop(10, 0)
-    return {
-        "images": len(index),
-        "damaged": dict(Counter(map(damage_kind, index.damage))),
-        "damaged_samples": index.damage[:100],
-        "unlabelled": int(plan.arrivals[:, -1].sum()),
-        "classes": dict(zip(plan.mix.names, classes)),
-        "buckets": buckets,
-        "cut_off": {"median": float(np.median(cut)), "most": float(cut.max())},
-        "scaled_up": {"images": int((scales.max(axis=1) > 1).sum()), "most": float(scales.max())},
-        "aesthetic_scores": {f"{n} to {n + 1}": scores[n] for n in range(1, 10)} | {"none": fields.count(None)},
-        "caption_tokens": {f"{p}%": int(np.percentile(caption_tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
-        "captions_over_75_tokens": int((np.array(caption_tokens) > 75).sum()),
-    }
 
 
 @cache
@@ -1646,54 +1697,3 @@ def make_label(text, length):
     words = [c if ord(c) in label_fonts()[1] else f"[{unicodedata.name(c, '?').split(' ')[-1].lower()}]" for c in text]
     text = " ".join("".join(words).replace("$", "\\$").split())  # a $ would begin a formula
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def draw_contact_sheet(dataset, requests, columns=4):
-    """Returns a matplotlib Figure that shows samples with their crop window, class and caption."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    rows = -(-len(requests) // columns)
-    figure = Figure(figsize=(2.8 * columns, 3.3 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False, subplot_kw={"anchor": "NW"}).flat:
-        axes.set_axis_off()
-    for axes, request in zip(figure.axes, requests):
-        i, label, step, _ = request
-        item = dataset[request]
-        height, width = bucket = item["target_sizes"]
-        top, left = item["crop_top_lefts"]
-        row, (image, original, _), _ = dataset.first_intact(i, label, lambda row, b=bucket: dataset.open(row, b))
-        if dataset.is_flipped(row, step):
-            image = ImageOps.mirror(image)
-        image.thumbnail((280, 280))
-        axes.imshow(image, extent=(0, original[1], original[0], 0))
-        # the crop is in px of the image scaled to cover the bucket; `scale` takes it back to px of the file
-        scale = 1 / max(height / original[0], width / original[1])
-        axes.add_patch(Rectangle((left * scale, top * scale), width * scale, height * scale, fill=False, color="red"))
-        sizes = f"{original[1]} x {original[0]} px, cropped to {width} x {height}"
-        lines = [f"{item['species'] or 'no label'}, step {step + 1}", sizes, item["captions"]]
-        labels = [make_label(line, 48) for line in lines]
-        axes.set_title("\n".join(labels), fontsize=7, loc="left", family=label_fonts()[0])
-    return figure
-
-
-def draw_classes(classes, most=60):
-    """Returns a matplotlib Figure of class probabilities. Shows only the commonest and rarest if there are many."""
-    from matplotlib.figure import Figure
-
-    names = sorted(classes, key=lambda name: -classes[name]["data"])
-    if len(names) > most:
-        names = names[: most // 2] + names[-most // 2 :]
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    places = np.arange(len(names))
-    kinds = {"data": "share of the data", "at_start": "sampled at step 1", "at_end": "sampled at the last step"}
-    for n, (kind, title) in enumerate(kinds.items()):
-        colour = ("#b8b8b8", "#2a7fd4", "#e08a1e")[n]
-        axes.barh(places + 0.27 * (n - 1), [classes[name][kind] for name in names], 0.25, color=colour, label=title)
-    labels = [f"{make_label(name, 26)} ({classes[name]['images']:.0f})" for name in names]
-    axes.set_yticks(places, labels, family=label_fonts()[0])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("probability (number of images in brackets)")
-    axes.legend(loc="lower right", frameon=False)
-    return figure

@@ -50,7 +50,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 import sdxl_data as data
@@ -954,7 +954,7 @@ def set_speed(args, models, trained, device):
 
 
 EXPECTED_SAMPLES = {
-    "--train_shards": "a sample is an image and a .txt caption, and may have a .json, all with the same name",
+    "--train_shards": "a sample is an image, a .txt caption and perhaps a .json, with one name and next to each other",
     "--train_data_dir": "captions come from metadata.jsonl, .csv or .parquet, from a .txt or .caption file with the "
     "name of the image, or from --instance_prompt",
     "--dataset_name": "a row has an image in --image_column and a caption in --caption_column",
@@ -1029,7 +1029,9 @@ def list_skipped(args, entries):
 
 def check_bad_fraction(flag, bad, total, limit):
     """Raises InputError if there is no usable sample, or if bad / total is greater than `limit`."""
-    if bad >= total:
+    if total == 0:
+        raise InputError(f"{flag}: found no image in it; {EXPECTED_SAMPLES[flag]}")
+    if bad == total:
         raise InputError(f"{flag}: no usable sample; {EXPECTED_SAMPLES[flag]}; see skipped.jsonl in --output_dir")
     if bad > limit * total:
         found = f"{bad} of {total} samples are damaged, more than --max_bad_fraction {limit}"
@@ -1080,10 +1082,10 @@ def load_index(accelerator, args, flag, seed):
     Raises InputError if no sample is usable or too many are damaged, after they are listed in skipped.jsonl.
     """
     table, damage, stamps, images = read_source(accelerator, args, flag)
-    merged, damage = data.merge_rows(table, damage)
-    if len(merged) < len(table):
-        logger.info("%s: %d rows belong to images of other rows", flag, len(table) - len(merged))
-    table = merged
+    found = len(table) + len(damage)
+    table, damage = data.merge_rows(table, damage)
+    if len(table) + len(damage) < found:
+        logger.info("%s: %d rows are captions of other rows' images", flag, found - len(table) - len(damage))
     bad = data.count_damaged(damage)
     total = len(table) + bad
     if args.min_image_size:
@@ -2475,6 +2477,88 @@ def estimate_resources(args, models, trained, device, images):
     }
 
 
+def describe_data(dataset, plan, steps, caption_tokens):
+    """Returns the statistics for preview.json: the dataset, and how a run of `steps` steps will sample it."""
+    index = dataset.index
+    last = max(steps - 1, 0)
+    scales = index.scales(dataset.resolution)
+    cut = 1 - scales.min(axis=1) / scales.max(axis=1)
+    bucket_images = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
+    columns = zip(plan.arrivals[:, :-1].sum(axis=0), plan.mix.data, plan.mix.target(0), plan.mix.target(last))
+    classes = [dict(zip(("images", "data", "at_start", "at_end"), map(float, row))) for row in columns]
+    columns = zip(dataset.bucket_sizes, bucket_images, plan.bucket_weights(0), plan.bucket_weights(last))
+    buckets = [{"size": size, "images": int(n), "at_start": start, "at_end": end} for size, n, start, end in columns]
+    fields = index.table.column("score").to_pylist()
+    scores = Counter(
+        int(data.scale_aesthetic(value, dataset.aesthetic_scale)) for value in fields if value is not None
+    )
+    scores[9] += scores.pop(10, 0)
+    return {
+        "images": len(index),
+        "damaged": dict(Counter(map(data.damage_kind, index.damage))),
+        "damaged_samples": index.damage[:100],
+        "unlabelled": int(plan.arrivals[:, -1].sum()),
+        "classes": dict(zip(plan.mix.names, classes)),
+        "buckets": buckets,
+        "cut_off": {"median": float(np.median(cut)), "most": float(cut.max())},
+        "scaled_up": {"images": int((scales.max(axis=1) > 1).sum()), "most": float(scales.max())},
+        "aesthetic_scores": {f"{n} to {n + 1}": scores[n] for n in range(1, 10)} | {"none": fields.count(None)},
+        "caption_tokens": {f"{p}%": int(np.percentile(caption_tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
+        "captions_over_75_tokens": int((np.array(caption_tokens) > 75).sum()),
+    }
+
+
+def draw_contact_sheet(dataset, requests, columns=4):
+    """Returns a matplotlib Figure that shows samples with their crop window, class and caption."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows = -(-len(requests) // columns)
+    figure = Figure(figsize=(2.8 * columns, 3.3 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False, subplot_kw={"anchor": "NW"}).flat:
+        axes.set_axis_off()
+    for axes, request in zip(figure.axes, requests):
+        i, label, step, _ = request
+        item = dataset[request]
+        height, width = bucket = item["target_sizes"]
+        top, left = item["crop_top_lefts"]
+        row, (image, original, _), _ = dataset.first_intact(i, label, lambda row, b=bucket: dataset.open(row, b))
+        if dataset.is_flipped(row, step):
+            image = ImageOps.mirror(image)
+        image.thumbnail((280, 280))
+        axes.imshow(image, extent=(0, original[1], original[0], 0))
+        # the crop is in px of the image scaled to cover the bucket; `scale` takes it back to px of the file
+        scale = 1 / max(height / original[0], width / original[1])
+        axes.add_patch(Rectangle((left * scale, top * scale), width * scale, height * scale, fill=False, color="red"))
+        sizes = f"{original[1]} x {original[0]} px, cropped to {width} x {height}"
+        lines = [f"{item['species'] or 'no label'}, step {step + 1}", sizes, item["captions"]]
+        labels = [data.make_label(line, 48) for line in lines]
+        axes.set_title("\n".join(labels), fontsize=7, loc="left", family=data.label_fonts()[0])
+    return figure
+
+
+def draw_classes(classes, most=60):
+    """Returns a matplotlib Figure of class probabilities. Shows only the commonest and rarest if there are many."""
+    from matplotlib.figure import Figure
+
+    names = sorted(classes, key=lambda name: -classes[name]["data"])
+    if len(names) > most:
+        names = names[: most // 2] + names[-most // 2 :]
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    kinds = {"data": "share of the data", "at_start": "sampled at step 1", "at_end": "sampled at the last step"}
+    for n, (kind, title) in enumerate(kinds.items()):
+        colour = ("#b8b8b8", "#2a7fd4", "#e08a1e")[n]
+        axes.barh(places + 0.27 * (n - 1), [classes[name][kind] for name in names], 0.25, color=colour, label=title)
+    labels = [f"{data.make_label(name, 26)} ({classes[name]['images']:.0f})" for name in names]
+    axes.set_yticks(places, labels, family=data.label_fonts()[0])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel("probability (number of images in brackets)")
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
 def log_preview(args, facts, damaged):
     """Logs the most important numbers of preview.json in a few lines."""
     tokens = facts["caption_tokens"]
@@ -2518,15 +2602,15 @@ def preview(args, accelerator, progress):
     captions = index.table.column("captions").combine_chunks().flatten().to_pylist()
     tokens = [len(ids) for ids in models.tokenizers[0](captions, add_special_tokens=False).input_ids]
     own_images = steps * plan.global_batch // accelerator.num_processes
-    facts = data.describe_data(dataset, plan, steps, tokens)
+    facts = describe_data(dataset, plan, steps, tokens)
     facts |= {"global_batch": plan.global_batch, "steps": steps, "steps_per_epoch": steps_per_epoch}
     facts |= estimate_resources(args, models, trained, accelerator.device, own_images)
     folder = Path(args.output_dir) / "preview"
     folder.mkdir(parents=True, exist_ok=True)
     requests = [request for _, batch in zip(range(24), batches) for request in batch][:24]
-    data.draw_contact_sheet(dataset, requests).savefig(folder / "contact_sheet.png")
+    draw_contact_sheet(dataset, requests).savefig(folder / "contact_sheet.png")
     if facts["classes"]:
-        data.draw_classes(facts["classes"]).savefig(folder / "classes.png")
+        draw_classes(facts["classes"]).savefig(folder / "classes.png")
     write_file(folder / "preview.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     log_preview(args, facts, len(index.damage))
     logger.info("nothing was trained; see %s", folder)
@@ -2869,7 +2953,7 @@ def finish(run, metrics):
             raise TrainingError(f"--output_dir: {fault}; {where}; free some space and run the same command again")
         if index.damage or run.progress.damaged:
             kinds = Counter(map(data.damage_kind, index.damage + run.progress.damaged))
-            logger.warning("damaged samples, not trained on and listed in skipped.jsonl: %s", dict(kinds))
+            logger.warning("damaged or left out, see skipped.jsonl: %s", dict(kinds))
         if args.push_to_hub and not metrics["preempted"]:
             push_to_hub(args)
     if metrics["preempted"]:

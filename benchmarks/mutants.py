@@ -199,7 +199,7 @@ MUTANTS = [
     Mutant("a lost end of the archive is not reported", DATA, "damage",
         "    if zero_blocks < 2:", "    if False:"),
     Mutant(".JPG is no image", DATA, "index",
-        "if folder else first, inner, extension.lower()", "if folder else first, inner, extension"),
+        "if folder else first, inner, extension[1:].lower()", "if folder else first, inner, extension[1:]"),
     Mutant("what fills the last block does not matter", DATA, "tars",
         """head, not filler.strip(b"\\0"))""", "head, True)"),
     Mutant("control characters are text", DATA, "tars folders",

@@ -267,7 +267,7 @@ def test_a_name_that_is_not_utf8_is_named_too(tmp_path):
     put(tmp_path, "a.png")
     with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
         file.write(encode(noise_image(1)))
-    assert read(tmp_path)[1] == {"caf\\xe9.png": "file name is not UTF-8"}
+    assert read(tmp_path)[1] == {"caf\\xe9.png": "name is not UTF-8"}
 
 
 def test_the_output_of_runs_inside_the_folder_is_left_out(tmp_path):
@@ -406,3 +406,91 @@ def test_the_stamp_of_an_image_notices_that_it_changed(tmp_path):
     Image.fromarray(np.zeros((8, 10, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(OSError, match="changed during the run"):
         dataset[0, -1, 0, 0]
+
+
+# ---- what a hostile tester brought
+
+
+def test_images_are_read_whatever_their_extension_and_others_are_named(tmp_path):
+    put(tmp_path, "b.tga", "c.jpe", "d", "e.apng", "f.jp2", "g.jpg_large")
+    for name in ("photo.cr2", "drawing.svg"):
+        (tmp_path / name).write_bytes(b"not for Pillow")
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    (tmp_path / "notes.md").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.png")
+    found, left_out = read(tmp_path, prompt="x")
+    assert sorted(found) == ["b.tga", "c.jpe", "d", "e.apng", "f.jp2", "g.jpg_large"]
+    assert sorted(left_out) == ["drawing.svg", "photo.cr2", "pipe.png"]
+    assert not any("0x" in reason for reason in left_out.values())  # the same text in every process
+
+
+def test_a_long_number_before_a_folder_is_no_weight(tmp_path):
+    put(tmp_path, "20240131123456_cats/a.png", "10_dogs/b.png")
+    rows = index_of_folder(tmp_path).table.to_pylist()
+    assert {(row["labels"][0], row["repeats"]) for row in rows} == {("20240131123456_cats", 1), ("dogs", 10)}
+
+
+def test_only_folders_of_weight_0_are_classes_without_weights(tmp_path):
+    put(tmp_path, "0_cat/a.png")
+    assert index_of_folder(tmp_path).count_repeats("random") is None
+
+
+def test_a_folder_whose_name_is_not_utf8_and_an_id_that_is_no_text_are_named(tmp_path):
+    put(tmp_path, "a.png", "b.png!")
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff_dir")
+    with open(os.fsencode(tmp_path) + b"/\xff_dir/c.png", "wb") as file:
+        file.write(encode(noise_image(1)))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "b", "image_id": "\\ud800"}')
+    found, left_out = read(tmp_path)
+    assert list(found) == ["a.png"]
+    assert left_out == {"b.png": "image_id is not text", "\\xff_dir": "name is not UTF-8"}
+
+
+@pytest.mark.parametrize(
+    "text", ["file_name,text\na.png,a red cat, on a mat\n", 'file_name,text\na.png,"a 5 cat\nb.png,b\n']
+)
+def test_a_comma_or_quote_out_of_place_in_metadata_is_an_error(tmp_path, text):
+    put(tmp_path, "a.png!", "b.png!")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(sdxl_data.InputError, match="--train_data_dir: .*metadata.csv"):
+        read(tmp_path)
+
+
+def test_metadata_whose_captions_have_another_name_says_so(tmp_path):
+    put(tmp_path, "a.png!")
+    write_metadata(tmp_path, {"file_name": "a.png", "caption": "x"})
+    with pytest.raises(
+        sdxl_data.InputError, match="--caption_column: .* has columns file_name, caption; found no text"
+    ):
+        read(tmp_path, prompt="x")
+    assert read(tmp_path, caption="caption")[0] == {"a.png": ["x"]}
+
+
+def test_metadata_may_hold_labels_only(tmp_path):
+    put(tmp_path, "a.png")
+    write_metadata(tmp_path, {"file_name": "a.png", "label": 3})
+    index = index_of_folder(tmp_path, labels="label")
+    assert index.row(0)["captions"] == ["a picture of a"] and index.row(0)["labels"] == ["3"]
+
+
+def test_the_preview_of_an_earlier_dry_run_is_no_data(tmp_path):
+    put(tmp_path, "a.png", "out1/preview/contact_sheet.png!")
+    (tmp_path / "out1/preview/preview.json").write_text("{}")
+    found, left_out = read(tmp_path, prompt="x")
+    assert list(found) == ["a.png"] and list(left_out) == ["out1/preview"]
+
+
+def test_both_forms_of_é_are_two_images(tmp_path):
+    put(tmp_path, *[unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")])
+    assert len(read(tmp_path, prompt="x")[0]) == 2
+
+
+def test_a_folder_without_images_says_so(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    result = run_trainer([*SMALL, "--train_data_dir", tmp_path / "pictures"], tmp_path / "run")
+    assert result.codes == [1] and "--train_data_dir: found no image in it" in result.output
+
+
+def test_a_cache_dir_that_is_the_folder_hides_nothing(tmp_path):
+    put(tmp_path, "a.png")
+    assert list(read(tmp_path, excluded=[os.path.realpath(tmp_path)])[0]) == ["a.png"]

@@ -1,5 +1,6 @@
 """Tars and pictures as people have them: names, marks, profiles, odd shapes; and tars damaged at random."""
 
+import gzip
 import io
 import json
 import resource
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from harness import SDXL, assert_ok, run_trainer
 from PIL import Image, ImageCms, PngImagePlugin
-from shards import encode, index_of_folder, index_shard, noise_image, open_image, sample, write_shard
+from shards import encode, index_of_folder, index_shard, load_index, noise_image, open_image, sample, write_shard
 from tar_fuzz import fuzz
 
 import sdxl_data
@@ -108,6 +109,72 @@ def test_a_link_in_a_tar_is_reported(tmp_path):
     assert found == {"a": ["a"]} and "b.txt" in left_out[None] and left_out["b"] == "no caption"
 
 
+def test_a_tar_whose_files_lie_in_any_order_is_read(tmp_path):
+    names = [f"{n}{end}" for n in range(8) for end in (".jpg", ".txt", ".json")]
+    contents = {".jpg": image(1), ".txt": b"x", ".json": b'{"species_list": ["mew"]}'}
+    orders = [sorted(names, key=lambda name: name[::-1])]
+    orders += [list(np.random.default_rng(seed).permutation(names)) for seed in range(5)]
+    for order in orders:
+        path = write_tar(tmp_path / "a.tar", {str(name): contents["." + name.split(".")[1]] for name in order})
+        rows, damage = index_shard(path)
+        assert damage == [] and sorted(row["key"] for row in rows) == [str(n) for n in range(8)]
+        assert all(row["labels"] == ["mew"] for row in rows)
+
+
+def test_heads_that_are_not_kept_are_read_again(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.tar", [sample(key) for key in "abc"])
+    whole = index_shard(path)
+    monkeypatch.setattr(sdxl_data, "MAX_KEPT_BYTES", 0)
+    assert index_shard(path) == whole
+
+
+def test_shards_of_the_same_name_in_two_folders_are_different_images(tmp_path):
+    shards = []
+    for n, folder in enumerate(("x", "y")):
+        (tmp_path / folder).mkdir()
+        files = {
+            f"00000000{k}{end}": data for k in range(4) for end, data in ((".jpg", image(10 * n + k)), (".txt", b"x"))
+        }
+        shards.append(write_tar(tmp_path / folder / "00000.tar", files))
+    index = load_index(shards, tmp_path)
+    assert len(index) == 8 and index.damage == []
+
+
+def test_other_files_in_a_tar_are_named_but_no_damage(tmp_path):
+    files = {
+        "README.md": b"x",
+        "LICENSE": b"x",
+        "a.jpg": image(1),
+        "a.png": image(2),
+        "a.txt": b"a",
+        "metadata.jsonl": b"",
+    }
+    rows, damage = index_shard(write_tar(tmp_path / "a.tar", files))
+    assert [row["key"] for row in rows] == ["a"] and sdxl_data.count_damaged(damage) == 0
+    assert sorted(entry["key"] for entry in damage) == ["LICENSE", "README", "a.png", "metadata"]
+
+
+def test_samples_of_a_whole_tar_that_lack_json_never_end_the_run(tmp_path):
+    samples = [sample(f"s{n}", json=None) if n < 2 else sample(f"s{n}") for n in range(20)]
+    _, damage = index_shard(write_shard(tmp_path / "a.tar", samples))
+    assert len(damage) == 2 and sdxl_data.count_damaged(damage) == 0
+
+
+def test_a_compressed_tar_is_called_so(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": image(1), "a.txt": b"a"})
+    packed = tmp_path / "b.tar"
+    packed.write_bytes(gzip.compress(open(path, "rb").read()))
+    rows, damage = index_shard(packed)
+    assert rows == [] and damage[0]["reason"].startswith("compressed, not a tar")
+
+
+@pytest.mark.parametrize(
+    "labels, names", [(3, ["3"]), (0, ["0"]), ([0, 1], ["0", "1"]), (None, []), (float("nan"), [])]
+)
+def test_numbers_are_labels_too(labels, names):
+    assert sdxl_data.read_labels({"label": labels}, "label") == names
+
+
 # ---- captions and labels
 
 
@@ -135,7 +202,7 @@ def test_a_shard_cut_before_the_json_of_a_sample_loses_that_sample(tmp_path):
         with open(path, "rb+") as file:
             file.truncate(last.offset_data - cut)
         found, left_out = read(path)
-        assert list(found) == list("abc") and left_out["d"].startswith("no .json")
+        assert list(found) == list("abc") and left_out["d"] == "lost .json: beside a damaged place"
 
 
 @pytest.mark.parametrize(
@@ -241,6 +308,22 @@ def test_profiles_of_grey_transparent_and_palette_images(tmp_path):
     cmyk = Image.new("CMYK", (16, 16), (0, 200, 200, 0))
     red, green, _ = open_image(encode(cmyk, "JPEG")).getpixel((0, 0))
     assert red > 200 > 90 > green
+
+
+def test_a_linear_profile_is_converted_whatever_its_name():
+    linear = make_profile(red=(0.64, 0.33), gamma=1.0)
+    for profile in (linear, linear.replace(b"wide gamut", b"sRGB linea")):
+        shown = open_image(encode(Image.new("RGB", (8, 8), (60, 60, 60)), icc_profile=profile)).getpixel((0, 0))
+        assert min(shown) > 120
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_turned_images_have_the_size_that_is_seen(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(noise_image(1, 40, 20), kind, exif=exif)
+    picture, original_size, _ = sdxl_data.open_image(data)
+    assert picture.size == (20, 40) and original_size == (40, 20) == sdxl_data.measure_image(data)
 
 
 @pytest.mark.parametrize("profile", [b"no profile at all" * 20, WIDE[:200], WIDE[:16] + b"CMYK" + WIDE[20:]])
