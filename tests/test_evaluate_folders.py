@@ -1,9 +1,11 @@
 """evaluate.py on folders of training images, and the sweep on folders with --val_fraction."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
+import yaml
 from harness import ROOT, SDXL, assert_ok, run_trainer
 from PIL import Image
 from shards import encode, noise_image, write_shard
@@ -87,6 +89,22 @@ def test_a_sweep_takes_folders_and_a_fraction_for_its_validation_loss(pictures, 
     assert sweep.prunes and sweep.trainer_flags["train_data_dir"] == [str(folder)]
     with pytest.raises(SystemExit):
         hpo_sweep.parse_args([str(word) for word in [*own, "--", *words]])
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_on_a_folder_and_ranks_trials_by_what_it_held_out(pictures, tmp_path):
+    folder, _ = pictures
+    own = ["--objective", "val_loss", "--n_trials", 2, "--trial_steps", 2, "--startup_trials", 1]
+    words = ["--pretrained_model_name_or_path", SDXL, "--train_data_dir", folder, "--resolution", 64]
+    words += ["--instance_prompt", "x", "--mixed_precision", "no", "--train_batch_size", 2, "--val_fraction", 0.3]
+    env = {"ACCELERATE_USE_CPU": "true"}
+    run = run_trainer([*own, "--", *words], tmp_path / "sweep", script="hpo_sweep", env=env)
+    assert_ok(run)
+    best = yaml.safe_load((tmp_path / "sweep/best_params.yaml").read_text())
+    assert best["train_data_dir"] == [str(folder)] and best["val_fraction"] == 0.3
+    with open(tmp_path / "sweep/trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and all(row["state"] == "COMPLETE" for row in rows)
 
 
 def test_a_search_space_may_use_the_older_names_of_flags(pictures, tmp_path):
