@@ -2526,7 +2526,9 @@ def draw_contact_sheet(dataset, requests, columns=4):
         if dataset.is_flipped(row, step):
             image = ImageOps.mirror(image)
         image.thumbnail((280, 280))
-        axes.imshow(image, extent=(0, original[1], original[0], 0))
+        ratio = original[1] / original[0]
+        aspect = min(max(1, ratio / 8), 8 * ratio)  # shown as at most 8:1, so that one can see a spacer
+        axes.imshow(image, extent=(0, original[1], original[0], 0), aspect=aspect)
         # the crop is in px of the image scaled to cover the bucket; `scale` takes it back to px of the file
         scale = 1 / max(height / original[0], width / original[1])
         axes.add_patch(Rectangle((left * scale, top * scale), width * scale, height * scale, fill=False, color="red"))
