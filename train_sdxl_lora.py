@@ -2955,7 +2955,12 @@ def finish(run, metrics):
             raise TrainingError(f"--output_dir: {fault}; {where}; free some space and run the same command again")
         if index.damage or run.progress.damaged:
             kinds = Counter(map(data.damage_kind, index.damage + run.progress.damaged))
-            logger.warning("damaged or left out, see skipped.jsonl: %s", dict(kinds))
+            damaged = {kind: count for kind, count in kinds.items() if kind not in data.LEFT_OUT}
+            if damaged:
+                logger.warning("damaged samples, not trained on and listed in skipped.jsonl: %s", damaged)
+            if len(damaged) < len(kinds):
+                others = {kind: count for kind, count in kinds.items() if kind in data.LEFT_OUT}
+                logger.info("also listed in skipped.jsonl: %s", others)
         if args.push_to_hub and not metrics["preempted"]:
             push_to_hub(args)
     if metrics["preempted"]:
