@@ -65,6 +65,11 @@ def test_each_image_of_dotted_names_without_caption_is_reported(tmp_path):
     assert found == {"v1.2 a": ["c"]} and left_out == {"v1.0 a": "no caption", "v1.1 a": "no caption"}
 
 
+def test_a_dotted_name_beside_a_sample_of_the_plain_key_is_reported_too(tmp_path):
+    files = {"v1.1 a.jpg": image(1), "v1.jpg": image(2), "v1.txt": b"v"}
+    assert read(write_tar(tmp_path / "a.tar", files)) == ({"v1": ["v"]}, {"v1.1 a": "no caption"})
+
+
 def test_fields_of_webdataset_beside_an_image_are_no_samples(tmp_path):
     files = {"a.jpg": image(1), "a.mask.png": image(2), "a.seg.npy": b"x", "a.txt": b"a", "a.json": b"{}"}
     assert read(write_tar(tmp_path / "a.tar", files)) == ({"a": ["a"]}, {})
