@@ -18,6 +18,7 @@ READMES = (
     "sagemaker/README.md",
 )
 SCRIPTS = ("train_sdxl_lora.py", "evaluate.py", "hpo_sweep.py", "sagemaker/submit.py", "benchmarks/bench_train.py")
+SCRIPTS += ("tests/tar_fuzz.py",)
 # flags of diffusers' script that this one lacks, as the README says
 MISSING = {"enable_xformers_memory_efficient_attention", "enable_npu_flash_attention", "local_rank", "debug_loss"}
 # flags of accelerate, sbatch, docker, tar and tensorboard
