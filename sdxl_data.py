@@ -34,7 +34,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import configargparse
@@ -53,10 +53,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # in diffusers' format
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "avif", "jfif", "tif", "tiff", "gif")
 UNREADABLE_EXTENSIONS = "heic heif jxl svg raw dng cr2 cr3 nef arw exr hdr".split()  # reported when in a folder
 CAPTION_EXTENSIONS = ("txt", "caption")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f", b"PK\3\4")  # first bytes of gz, bz2, xz, zst, zip
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# what systems leave in folders and tars
+# what systems leave in folders and tars; then: reasons in skipped.jsonl that are not counted as damage
 JUNK = re.compile(r"\._|\.DS_Store$|__MACOSX$|Thumbs\.db$|\.ipynb_checkpoints$|@eaDir$")
-# reported in skipped.jsonl, but not counted as damage
 LEFT_OUT = "not in the metadata,hidden,too small,colour profile ignored,second image,no .json,other file".split(",")
 MAX_IMAGE_PIXELS = 178_956_970  # larger images are refused by their header: PIL's own limit for decompression bombs
 MAX_OPEN_SHARDS = 4096  # shards, or images of a folder, that a process keeps open
@@ -447,7 +447,7 @@ def choose_caption(captions, seed, position):
 
 
 @dataclass(frozen=True)
-class TagDraws:
+class TagAugmentation:
     """How a caption's tags are shuffled and dropped each time it is used. The first `kept` tags stay in place."""
 
     separator: str = ","
@@ -458,12 +458,15 @@ class TagDraws:
     def joiner(self):
         return self.separator if self.separator != self.separator.strip() else f"{self.separator} "
 
+    def split(self, caption):
+        tags = caption.split(self.separator.strip() or self.separator)
+        return [tag.strip() for tag in tags if tag.strip()]
+
     def draw(self, caption, seed, position):
         """Returns the caption with its tags shuffled and thinned out. The draws depend on seed and position only."""
         if not self.shuffle and not self.dropout:
             return caption
-        tags = caption.split(self.separator.strip() or self.separator)
-        tags = [tag.strip() for tag in tags if tag.strip()]
+        tags = self.split(caption)
         free = np.arange(self.kept, len(tags))
         if self.dropout:
             free = free[uniform(TAG_DROPOUT, seed, position, free) >= self.dropout]
@@ -474,12 +477,15 @@ class TagDraws:
 
 def read_labels(metadata, name):
     """Returns a sample's labels in lower case. Raises ValueError if neither a list nor a string."""
-    labels = metadata.get(name)
-    labels = labels.split(",") if isinstance(labels, str) else [labels] if isinstance(labels, (int, float)) else labels
-    if not isinstance(labels, list | None):
+    labels = metadata.get(name) if metadata.get(name) is not None else []
+    if isinstance(labels, str):
+        labels = labels.split(",")
+    if isinstance(labels, (int, float)):
+        labels = [labels]
+    if not isinstance(labels, list):
         raise ValueError(f"{name} is {labels!r}, not a list or a text")
     names = [
-        str(label).strip().casefold() for label in labels or () if label is not None and label == label
+        str(label).strip().casefold() for label in labels if label not in (None, "") and label == label
     ]  # not NaN
     return list(dict.fromkeys(name for name in names if is_text(name)))
 
@@ -523,8 +529,7 @@ def measure_image(head, read_all=None):
 
 def hash_image(head, size):
     """Returns a uint64 hash of an image file's size (-1: unknown) and first bytes, to tell images apart."""
-    digest = hashlib.blake2b(head, digest_size=8, key=str(size).encode()).digest()
-    return int.from_bytes(digest, "little")
+    return int.from_bytes(hashlib.blake2b(head, digest_size=8, key=str(size).encode()).digest(), "little")
 
 
 # -----------------------------------------------------------------------------
@@ -560,11 +565,6 @@ def iter_tar_members(shard, report):
     last block of 512 bytes is zeros; any other bytes there come from another file.
     """
     position = zero_blocks = 0
-    if shard.size and shard.peek(0, min(shard.size, 4)).startswith(
-        (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f", b"PK\3\4")
-    ):
-        report('compressed, not a tar: unpack it, or give "pipe:zcat FILE"')
-        return
     long_name = None
     lost = False  # between a damaged header and the next valid one
     while position + 512 <= shard.size:
@@ -640,7 +640,7 @@ def group_members(members):
     """Yields (key, {extension: member}, whether damage next to it may have lost files) for each sample in a tar."""
     current = None
     parts = {}  # {inner part: {extension: member}} of the key `current`
-    was_damaged = False  # before the first file of `current`
+    was_damaged = False  # next to a file of `current`
     beside_damage = False
     for member in members:
         if member is None:
@@ -654,8 +654,7 @@ def group_members(members):
             yield from ((*sample, was_damaged or beside_damage) for sample in split_sample(current, parts))
             current = key
             parts = {}
-            was_damaged = beside_damage
-            beside_damage = False
+            was_damaged = False
         was_damaged = was_damaged or beside_damage
         beside_damage = False
         parts.setdefault(inner, {})[extension] = place
@@ -734,6 +733,9 @@ def index_shard(shard, fields):
     def report(reason, key=None):
         damage.append({"shard": shard.path, "key": key, "reason": reason})
 
+    if shard.size and shard.peek(0, min(shard.size, 4)).startswith(COMPRESSED):
+        report('compressed, not a tar: unpack it, or give "pipe:zcat FILE"')
+        return rows, damage
     for key, members, beside_damage in join_samples(group_members(iter_tar_members(shard, report)), report):
         images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
         if not images and not members.keys() & {*CAPTION_EXTENSIONS, "json"}:
@@ -748,15 +750,16 @@ def index_shard(shard, fields):
         if len(images) > 1:
             report(f"second image: .{images[1]} beside .{images[0]}", f"{key}.{images[1]}")
         if "json" not in members:
-            without_json.append((row, beside_damage))
-    # without .json, a sample is damaged if nearly all others have one, or if it is beside damage and others have one
+            without_json.append((key, beside_damage))
+    # a lack of .json is reported if nearly all other samples have one, or if it is beside damage and others have one
     nearly_all_have_it = len(without_json) <= len(rows) / 8
     none_has_it = len(rows) > 1 and len(without_json) == len(rows)
-    for row, beside_damage in without_json:
+    lost = {}  # {key: reason}
+    for key, beside_damage in without_json:
         if nearly_all_have_it or (beside_damage and not none_has_it):
-            rows.remove(row)
-            report("lost .json: beside a damaged place" if beside_damage else "no .json: most have one", row["key"])
-    return rows, damage
+            lost[key] = "lost .json: beside a damaged place" if beside_damage else "no .json: most have one"
+            report(lost[key], key)
+    return [row for row in rows if row["key"] not in lost], damage
 
 
 def cached_index_shard(path, cache_dir, fields):
@@ -1053,7 +1056,6 @@ def leave_out_small(table, damage, min_size):
 
 def add_trigger_word(table, trigger_word, joiner):
     """Returns the table with the trigger word in front of all captions that do not begin with it."""
-    trigger_word = trigger_word.removesuffix(joiner.strip() or joiner)
     begins = re.compile(re.escape(trigger_word) + r"(?!\w)")
     rows = table.column("captions").to_pylist()
     rows = [[text if begins.match(text) else f"{trigger_word}{joiner}{text}" for text in texts] for texts in rows]
@@ -1299,7 +1301,7 @@ class MicroBatches:
 # -----------------------------------------------------------------------------
 
 
-@cache
+@lru_cache(64)
 def srgb_transform(profile, mode):
     """Returns a Pillow transform to sRGB, or None if the profile is sRGB itself. Raises errors if it is broken."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1415,7 +1417,7 @@ class ImageDataset:
     interpolation: str  # as --image_interpolation_mode
     cache_dir: object = None
     aesthetic_scale: float = 10.0
-    tags: TagDraws = TagDraws()
+    tags: TagAugmentation = TagAugmentation()
     shards: dict = field(default_factory=dict)  # {(process, path): Shard}
 
     @property
@@ -1464,8 +1466,7 @@ class ImageDataset:
             top, left = random_ar_crop(scaled_height, scaled_width, height, u)
         else:
             top, left = center_crop(scaled_height, scaled_width, bucket)
-        # (top, left) are in px of the scaled and mirrored image. Only the window is scaled, so that a spacer of
-        # 1920 x 1 px takes no more memory than any other image.
+        # (top, left) are in px of the scaled and mirrored image; only the window is scaled, which bounds the memory
         start = scaled_width - left - width if flipped else left
         across = image.width / scaled_width
         down = image.height / scaled_height
@@ -1570,8 +1571,8 @@ class EncodedDataset:
         else:
             loaded = self.images.load(row, request)
         if self.embeddings is not None:
-            number = choose_caption(row["captions"], self.images.seed, position)
-            loaded |= self.embeddings.read(row["image_id"], number)
+            caption_number = choose_caption(row["captions"], self.images.seed, position)
+            loaded |= self.embeddings.read(row["image_id"], caption_number)
         return loaded
 
     def __getitem__(self, request):

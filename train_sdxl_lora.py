@@ -382,6 +382,8 @@ def set_defaults(args):
             setattr(args, name, value)
     if args.use_8bit_adam and args.optimizer == "adamw":
         args.optimizer = "adamw8bit"
+    if args.trigger_word is not None:  # the separator behind it is added with it
+        args.trigger_word = args.trigger_word.strip().removesuffix(args.tag_separator.strip()).strip() or None
 
 
 def check_ranges(parser, args):
@@ -1069,11 +1071,10 @@ def read_source(accelerator, args, flag):
     return pa.Table.from_pylist(rows, data.INDEX_SCHEMA), damage, {}, images
 
 
-def make_tag_draws(args):
+def make_tag_augmentation(args):
     """Returns how the tags of captions are drawn. The tags of --trigger_word are kept in their place."""
-    separator = args.tag_separator
-    kept = args.keep_tags + len(args.trigger_word.split(separator)) if args.trigger_word else args.keep_tags
-    return data.TagDraws(separator, kept, args.shuffle_tags, args.tag_dropout)
+    tags = data.TagAugmentation(args.tag_separator, args.keep_tags, args.shuffle_tags, args.tag_dropout)
+    return replace(tags, kept=args.keep_tags + len(tags.split(args.trigger_word or "")))
 
 
 def load_index(accelerator, args, flag, seed):
@@ -1099,7 +1100,7 @@ def load_index(accelerator, args, flag, seed):
             list_skipped(args, damage)
         raise
     if args.trigger_word:
-        table = data.add_trigger_word(table, args.trigger_word, make_tag_draws(args).joiner())
+        table = data.add_trigger_word(table, args.trigger_word, make_tag_augmentation(args).joiner())
     held_out = None
     if flag != "--val_shards" and args.val_fraction:
         sides = data.is_held_out(table.column("image_id").to_pylist(), args.val_fraction)
@@ -1156,7 +1157,7 @@ def make_data(accelerator, args, seed):
             shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(mix.names[:20], mix.data))
             logger.info("--train_data_dir: folder names such as 10_NAME weight the classes: %s", shares)
     reading = (args.image_interpolation_mode, args.cache_dir or args.output_dir, args.aesthetic_scale)
-    tags = make_tag_draws(args)
+    tags = make_tag_augmentation(args)
     dataset = ImageDataset(index, seed, args.resolution, args.crop, args.random_flip, *reading, tags)
     if args.val_shards:
         val_index, _ = load_index(accelerator, args, "--val_shards", seed)
@@ -1339,9 +1340,10 @@ def encode_texts(models, ids, captions, device, groups):
     for group in groups:
         texts = [caption for i in group for caption in captions[i]]
         with torch.no_grad():
-            embeds = zip(*encode_prompts(models, texts, device))
-        encoded = [dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pair)) for pair in embeds]
-        encoded = iter(encoded)
+            size = data.CACHE_ROWS
+            parts = [encode_prompts(models, texts[n : n + size], device) for n in range(0, len(texts), size)]
+        pairs = (pair for part in parts for pair in zip(*part))
+        encoded = (dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pair)) for pair in pairs)
         yield {ids[i]: [next(encoded) for _ in captions[i]] for i in group}
 
 
@@ -2848,7 +2850,8 @@ def load_frozen_models(args, accelerator, progress, signature, index):
     signature["base_model"] = fingerprint_parts(models.unet, models.vae, *models.text_encoders)
     if progress.resume_signature:
         check_resume(progress.resume_signature, signature, args.allow_batch_change)
-        for difference in list_differences(progress.flags, other_flags(args)) if accelerator.is_main_process else ():
+        flags = {name: value for name, value in other_flags(args).items() if name in progress.flags}
+        for difference in list_differences(progress.flags, flags) if accelerator.is_main_process else ():
             logger.info("resumed with another %s", difference)
     progress.resume_signature = signature
     progress.flags = other_flags(args)

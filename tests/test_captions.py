@@ -12,7 +12,7 @@ from test_folders import SMALL, put, write_metadata
 
 import sdxl_data
 import train_sdxl_lora as trainer
-from sdxl_data import TagDraws
+from sdxl_data import TagAugmentation
 
 RED = "red, round, small, old, shiny, wet"
 
@@ -96,32 +96,32 @@ def test_the_cache_holds_every_caption(folder, tmp_path, processes):
 
 
 def test_tags_are_shuffled_but_for_those_that_are_kept():
-    draws = TagDraws(kept=2, shuffle=True)
-    drawn = [draws.draw(RED, 1, position).split(", ") for position in range(300)]
+    tags = TagAugmentation(kept=2, shuffle=True)
+    drawn = [tags.draw(RED, 1, position).split(", ") for position in range(300)]
     assert all(tags[:2] == ["red", "round"] and sorted(tags) == sorted(RED.split(", ")) for tags in drawn)
-    assert drawn == [draws.draw(RED, 1, position).split(", ") for position in range(300)]
+    assert drawn == [tags.draw(RED, 1, position).split(", ") for position in range(300)]
     firsts = Counter(tags[2] for tags in drawn)
     assert len(firsts) == 4 and min(firsts.values()) > 50
 
 
 def test_tags_are_left_out_with_the_probability_of_the_flag():
-    drawn = [TagDraws(kept=1, dropout=0.25).draw(RED, 3, position).split(", ") for position in range(2000)]
+    drawn = [TagAugmentation(kept=1, dropout=0.25).draw(RED, 3, position).split(", ") for position in range(2000)]
     assert all(tags[0] == "red" for tags in drawn)
     left = sum(len(tags) - 1 for tags in drawn) / (2000 * 5)
     assert left == pytest.approx(0.75, abs=0.02)
-    assert TagDraws(dropout=1.0).draw(RED, 3, 0) == ""
+    assert TagAugmentation(dropout=1.0).draw(RED, 3, 0) == ""
 
 
 @pytest.mark.parametrize(
     "separator, caption", [("|", "a |b|  c"), (" ", "a b  c"), (" , ", "a , b , c"), ("、", "a、b、c")]
 )
 def test_any_separator_splits_and_joins(separator, caption):
-    drawn = {TagDraws(separator, shuffle=True).draw(caption, 1, position) for position in range(100)}
+    drawn = {TagAugmentation(separator, shuffle=True).draw(caption, 1, position) for position in range(100)}
     assert len(drawn) == 6 and all(sorted(c for c in text if c in "abc") == ["a", "b", "c"] for text in drawn)
 
 
 def test_captions_are_untouched_without_the_flags():
-    assert TagDraws(kept=1).draw("a ,b,,  c", 1, 1) == "a ,b,,  c"
+    assert TagAugmentation(kept=1).draw("a ,b,,  c", 1, 1) == "a ,b,,  c"
 
 
 def drawn_captions(tmp_path, folder, *words):

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from harness import SDXL, assert_ok, run_trainer
+from harness import ROOT, SDXL, assert_ok, run_trainer
 from PIL import Image
 from shards import encode, index_of_folder, noise_image, write_shard
 
@@ -366,6 +368,7 @@ def test_a_run_on_a_folder_resumes_exactly_with_its_output_inside(kohya_folder, 
     inside = folder / "out"
     assert_ok(run_trainer([*argv, "--validation_prompt", "x", "--num_validation_images", 1], inside))
     shutil.rmtree(inside / "checkpoint-4")
+    (inside / "pytorch_lora_weights.safetensors").unlink()
     again = assert_ok(run_trainer([*argv, "--resume_from_checkpoint", "latest"], inside))
     assert "resumed from" in again.output
     name = "pytorch_lora_weights.safetensors"
@@ -374,9 +377,13 @@ def test_a_run_on_a_folder_resumes_exactly_with_its_output_inside(kohya_folder, 
 
 def test_a_home_that_cannot_be_written_does_not_matter(kohya_folder, tmp_path):
     folder, _ = kohya_folder
-    homes = {"HOME": "/dev/null/home", "HF_HOME": "/dev/null/hf", "MPLCONFIGDIR": "/dev/null/mpl"}
-    argv = [*SMALL, "--train_data_dir", folder, "--max_train_steps", 1]
-    assert_ok(run_trainer(argv, tmp_path / "run", env=homes))
+    argv = [*SMALL, "--train_data_dir", folder, "--max_train_steps", 1, "--output_dir", tmp_path / "run"]
+    command = [sys.executable, ROOT / "train_sdxl_lora.py", *argv]  # its own process: libraries read HOME on import
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "MPL"))}
+    own |= {"HOME": "/dev/null/home", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(list(map(str, command)), env=own, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
 
 
 def test_a_run_without_captions_ends_with_three_ways_to_give_them(tmp_path):
