@@ -57,7 +57,7 @@ logger = logging.getLogger("evaluate")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to evaluate. CLIP compares its images with `clip_prompt`. They should show `class_name`, if set."""
+    """A prompt to evaluate. Its images are compared with `clip_prompt` and should show `class_name`, if set."""
 
     id: str
     prompt: str
@@ -144,7 +144,7 @@ class Model:
 
 
 def find_lora(path):
-    """Returns the LoRA file for `path`: a file, a run or a checkpoint. Raises ValueError if there is no such file."""
+    """Returns the LoRA file in `path`, a run or checkpoint, or `path` itself. Raises ValueError if it is missing."""
     path = Path(path).expanduser()
     file = path / sdxl_data.LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -602,10 +602,11 @@ def embed_files(state, clip_name, flag, paths):
 
 # Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
 def score_images(embeddings, prompts, clip, aesthetic=None, weights=(0.6, 0.4)):
-    """Returns a dict of arrays (n,): "adherence", "aesthetic" and "score". `embeddings` are the images', (n, D).
+    """Returns a dict of arrays (n,): "adherence", "score" and, if given, "aesthetic".
 
-    Adherence is the cosine similarity of an image and its clip_prompt. `aesthetic` is the head's score, (n,).
-    The score is weights[0] · adherence + weights[1] · aesthetic / 10, or just the adherence without `aesthetic`.
+    `embeddings` (n, D) are the images' CLIP embeddings. `aesthetic` (n,) are the aesthetic head's scores. Adherence is
+    the cosine similarity of an image and its clip_prompt. The score is weights[0] · adherence + weights[1] · aesthetic
+    / 10, or just the adherence without `aesthetic`.
     """
     texts = list(dict.fromkeys(prompt.clip_prompt for prompt in prompts))
     of_text = dict(zip(texts, clip.embed_texts(texts)))
@@ -674,7 +675,7 @@ class Reference:
 
 
 def embed_samples(samples, clip, quiet):
-    """Returns (name, id, place, embedding, thumbnails) of each image in `samples`, without the damaged ones."""
+    """Returns (name, id, place, embedding, thumbnails) for each image in `samples`. Skips damaged images."""
     found = []
     for start in tqdm(range(0, len(samples), EMBEDDING_BATCH), desc="training images", unit="batch", disable=quiet):
         rows = []
@@ -702,7 +703,7 @@ def write_reference(path, found):
 
 
 def open_source(args, flag):
-    """Returns what identifies the images that `flag` names, and a function that lists them as (Shard, index row)."""
+    """Returns the stamps of the files that `flag` names, and a function that lists (Shard, index row) for each."""
     cache_dir = args.cache_dir or args.output_dir
     if flag == "train_data_dir":
         excluded = [os.path.realpath(path) for path in (args.output_dir, args.images_dir, args.cache_dir) if path]
@@ -739,7 +740,10 @@ def embed_source(state, args, flag):
 
 
 def embed_training_images(state, args):
-    """Returns two References: the training images, or None if no flag names them, and the held-out images."""
+    """Returns two References, of the training images and of the held-out images.
+
+    Both are None if no flag names training images.
+    """
     if not args.train_shards and not args.train_data_dir:
         return None, None
     reference = embed_source(state, args, "train_shards" if args.train_shards else "train_data_dir")
@@ -752,10 +756,10 @@ def embed_training_images(state, args):
 
 
 def find_nearest(vectors, reference, itself=False):
-    """Finds the most similar image of `reference` for n images. Returns similarities and indices, (n,) each.
+    """Finds the most similar image in `reference` for each of n images. Returns similarities and indices, (n,) each.
 
-    Both inputs are (images, views, F). The similarity of two images is the highest one between any of their views.
-    With `itself`, both inputs are the same images, and no image is compared with itself.
+    Both inputs have the shape (images, views, F). Two images are as similar as their two most similar views. With
+    `itself`, both inputs are the same images, and no image is compared with itself.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []
@@ -783,9 +787,10 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
 
 
 def describe_held_out(held_out, reference):
-    """Returns how similar held-out images are to training images, and the limit above which an image is a copy.
+    """Returns how similar held-out images are to training images, and the limit above which an image counts as a copy.
 
-    If there are no held-out images, `held_out` is `reference`, and the training images are compared with each other.
+    If there are no held-out images, the caller passes `reference` as `held_out` too. The training images are then
+    compared with each other.
     """
     middles = held_out.thumbnails[:, 1]
     found = compare_with_training(held_out.embeddings, middles, reference, itself=held_out is reference)
@@ -812,14 +817,20 @@ def list_classes(prompts):
 
 
 def add_classes(rows, named):
-    """Adds "named", the class that CLIP sees, and "right" to each row. Both are None without a class."""
+    """Adds "named", the class that CLIP sees, and "right", whether that is the prompt's class, to each row.
+
+    Both are None if the prompt has no class.
+    """
     for row, name in zip(rows, named):
         row["named"] = name if row["class"] else None
         row["right"] = name == row["class"] if row["class"] else None
 
 
 def add_copies(rows, found, reference, limit):
-    """Adds each image's similarities to training images to its row. A "copy" has a "copy_similarity" above `limit`."""
+    """Stores in each image's row how similar it is to the training images.
+
+    Also adds "copy", which is true if "copy_similarity" is above `limit`.
+    """
     is_copy = found["copy_similarity"] > limit
     for index, row in enumerate(rows):
         row["nearest_similarity"] = float(found["nearest_similarity"][index])

@@ -310,9 +310,9 @@ def make_search_space(path, given, trainer_args):
 
 
 def corner_values(space):
-    """Yields {flag: value} with each end or choice of each Parameter in turn, and the first one of all others.
+    """Yields {flag: value} for each corner of each Parameter in turn. All other Parameters have their first corner.
 
-    Flags named in the Parameter's `when` have the values given there.
+    However, flags named in the Parameter's `when` have the values given there.
     """
     first = {p.flag: p.corners()[0] for p in space}
     for parameter in space:
@@ -400,7 +400,7 @@ def make_absolute(value):
 
 
 def given_flags(parser, words):
-    """Returns {flag: value} for the flags that are given in `words` or in a --config file, without defaults.
+    """Returns {flag: value} for the flags given in `words` or in a --config file. Leaves out all other flags.
 
     Makes the paths of existing files and folders absolute.
     """
@@ -413,7 +413,7 @@ def given_flags(parser, words):
 
 
 def to_words(flags):
-    """Returns {flag: value} as arguments: True is --flag, False is --no-flag, None is nothing."""
+    """Returns {flag: value} as arguments. True becomes --flag and False becomes --no-flag. None is left out."""
     words = []
     for name, value in flags.items():
         if value is True:
@@ -669,7 +669,7 @@ def end_child(child):
 
 
 def end_leftovers(folder):
-    """Ends trainers and evaluations that a dead worker left running on this machine, in its trial's folder."""
+    """Ends trainers and evaluations that still run on this machine for the trial in `folder`, whose worker is dead."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
         ours = any(word.endswith(("train_sdxl_lora.py", "evaluate.py")) for word in words)
@@ -717,7 +717,7 @@ def enqueue_second_attempts(study):
 
 
 def ask_trial(study, sweep):
-    """Returns a second attempt from the queue or a new trial, or None if the study has all its trials."""
+    """Returns a queued retry of an earlier trial, or else a new trial, or None if the study has all its trials."""
     enqueue_second_attempts(study)
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     proposals = [t for t in study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
@@ -749,7 +749,7 @@ class TrialFailed(Exception):
 
 
 def validation_rows(folder):
-    """Returns a list of (step, validation loss) that a run has logged so far, sorted, each step once."""
+    """Returns the (step, validation loss) pairs that a run has logged so far, sorted, one pair per step."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -772,7 +772,10 @@ def tail_of(log, lines=LOG_TAIL):
 
 
 def read_reason(log, code):
-    """Returns why a process failed: its exit code, and the last error message or else the last line of its log."""
+    """Returns why a process failed: its exit code and the last error message in its log.
+
+    If the log has no error message, uses its last line instead.
+    """
     text = read_log(log)
     own_errors = r"\w+\.py: error: (.+)"  # first choice, since a launcher adds errors of its own
     any_errors = r".*(?:Error: |OutOfMemory).*"
@@ -948,7 +951,7 @@ def decode_params(sweep, params):
 
 
 def validation_losses(trial):
-    """Returns {step: validation loss} of a trial. train() reports them negated if the study maximizes."""
+    """Returns {step: validation loss} of a trial. Undoes the sign change that train() makes if the study maximizes."""
     return {step: abs(value) for step, value in sorted(trial.intermediate_values.items())}
 
 
@@ -1224,7 +1227,10 @@ def run_trials(sweep, argv):
 
 
 def split_gpus(visible, workers, each):
-    """Returns CUDA_VISIBLE_DEVICES for each worker, with `each` of the visible GPUs. Returns None without GPUs."""
+    """Returns a list with CUDA_VISIBLE_DEVICES for each worker. Each worker gets `each` of the GPUs in `visible`.
+
+    If there are no GPUs, the list holds None for each worker.
+    """
     gpus = [gpu for gpu in visible.split(",") if gpu]
     if not gpus:
         return [None] * workers
@@ -1253,7 +1259,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, otherwise the highest one of its workers."""
+    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, otherwise the highest exit status of the workers."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]

@@ -151,7 +151,7 @@ CAPTION, TAG_ORDER, TAG_DROPOUT, HOLD_OUT = range(10, 14)
 
 
 def hash64(*parts):
-    """Returns a uint64 hash of integers, or of arrays, element by element: splitmix64 (Steele et al., OOPSLA 2014)."""
+    """Hashes integers, or arrays elementwise, to uint64 with splitmix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         state = np.uint64(0x9E3779B97F4A7C15)
         for part in parts:
@@ -235,7 +235,7 @@ def expand_pattern(pattern):
 
 
 def expand_shards(patterns):
-    """Returns the shards of a list of patterns. Raises ValueError if one gives none, or names a missing file."""
+    """Returns the shards of all patterns. Raises ValueError if a pattern has no shards or a file is missing."""
     shards = []
     for pattern in patterns:
         found = expand_pattern(pattern)
@@ -315,10 +315,10 @@ def copy_shard(path, stamp, cache_dir):
 
 
 class Shard:
-    """A shard or a single image file to read from. Pipes, and files that a server sends only whole, are copied first.
+    """Reads a shard or an image file. Copies it first if it is a pipe or its server has no range requests.
 
-    `stamp` identifies the version of a file: its size and modification time, or its size and ETag for a URL. It never
-    changes for a pipe. Each process must make its own Shard, because connections do not survive a fork.
+    `stamp` identifies the version of a file: its size and modification time, or its size and ETag for a URL. A pipe's
+    stamp never changes. Connections do not survive a fork, so each process makes its own Shard.
     """
 
     def __init__(self, path, cache_dir):
@@ -355,7 +355,7 @@ class Shard:
         return f"{self.size} {next(filter(None, times), None)}"
 
     def check_stamp(self, expected):
-        """Raises OSError if the shard has changed since indexing. Looks at a remote shard only once a minute."""
+        """Raises OSError if the shard has changed since indexing. Checks a remote shard at most once a minute."""
         if is_remote(self.path) and time.monotonic() - self.checked < STAMP_SECONDS:
             return
         self.stamp = self.current_stamp()
@@ -395,7 +395,7 @@ NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the parts of a sample are: names of a table's columns or of the fields in a shard's JSON files."""
+    """Names of the table columns, or of the fields in a shard's JSON files, that hold the parts of a sample."""
 
     image: str = "image"
     caption: str = "text"
@@ -405,12 +405,12 @@ class Fields:
 
 
 def is_text(value):
-    """Returns whether `value` is a text that can be written as UTF-8 and has no control characters."""
+    """Returns whether `value` is a non-empty string that is valid UTF-8 and has no control characters."""
     return isinstance(value, str) and value != "" and not NO_TEXT.search(value)
 
 
 def parse_object(text):
-    """Returns the object in a JSON text. Raises ValueError if there is none."""
+    """Parses a JSON object and returns it as a dict. Raises ValueError if `text` is anything else."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -421,7 +421,7 @@ def parse_object(text):
 
 
 def read_captions(values):
-    """Returns the captions in strings and lists of strings, without empty ones. Raises ValueError for other values."""
+    """Returns the non-empty captions from strings or lists of strings. Raises ValueError for other values."""
     captions = [text for value in values for text in (value if isinstance(value, list) else [value])]
     captions = [caption for caption in captions if caption not in (None, "")]
     for caption in captions:
@@ -432,7 +432,7 @@ def read_captions(values):
 
 
 def decode_captions(raw):
-    """Returns the captions in the bytes of a .txt or .caption file, one per line. Raises ValueError if damaged."""
+    """Decodes a .txt or .caption file and returns its captions, one per line. Raises ValueError if it is damaged."""
     has_mark = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = raw.decode("utf-16" if has_mark else "utf-8-sig")
@@ -476,7 +476,7 @@ class TagAugmentation:
 
 
 def read_labels(metadata, name):
-    """Returns a sample's labels in lower case. Raises ValueError if neither a list nor a string."""
+    """Returns a sample's labels in lower case. Raises ValueError if they are not a list, a string or a number."""
     labels = metadata.get(name) if metadata.get(name) is not None else []
     if isinstance(labels, str):
         labels = labels.split(",")
@@ -491,7 +491,7 @@ def read_labels(metadata, name):
 
 
 def number_or_none(value):
-    """Returns `value`, or the number in a text, if it is between -2³¹ and 2³¹. Returns None for anything else."""
+    """Converts a number or numeric string to a number. Returns None for other values and for numbers beyond ±2³¹."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -514,7 +514,7 @@ def oriented_size(image):
 
 
 def measure_image(head, read_all=None):
-    """Returns an image's (height, width), from its first bytes or read_all(). Raises ValueError if it is damaged."""
+    """Returns an image's (height, width). Calls read_all() if `head` is not enough. Raises ValueError for damage."""
     if not head:
         raise ValueError("image of zero bytes")
     try:
@@ -528,7 +528,7 @@ def measure_image(head, read_all=None):
 
 
 def hash_image(head, size):
-    """Returns a uint64 hash of an image file's size (-1: unknown) and first bytes, to tell images apart."""
+    """Returns a uint64 hash of an image's first bytes and file size (-1 if unknown), to tell images apart."""
     return int.from_bytes(hashlib.blake2b(head, digest_size=8, key=str(size).encode()).digest(), "little")
 
 
@@ -545,7 +545,7 @@ INDEX_SCHEMA = pa.schema({
 
 
 def make_row(key, image_id, captions, labels, score, head, read_all, place):
-    """Returns a row of the index. `place`: (path, offset, size) of the image. Raises ValueError if it is damaged."""
+    """Returns a row of the index. `place` is the image's (path, offset, size). Raises ValueError if it is damaged."""
     if not is_text(image_id):
         raise ValueError("image_id is not text")
     height, width = measure_image(head, read_all)
@@ -558,11 +558,11 @@ def make_row(key, image_id, captions, labels, score, head, read_all, place):
 
 
 def iter_tar_members(shard, report):
-    """Yields (name, (offset, size, first bytes, is clean)) of each file in a tar. Verifies the headers' checksums.
+    """Yields (name, member) for each file in a tar. A member is (offset, size, first bytes, is_clean).
 
-    At a damaged place, calls report(reason), yields None and goes on at the next valid header. Does not stop at blocks
-    of zeros: they end a tar, but also occur inside damaged tars and black images. A file is clean if the rest of its
-    last block of 512 bytes is zeros; any other bytes there come from another file.
+    Where the tar is damaged, calls report(reason), yields None and goes on at the next valid header. Blocks of zeros
+    end a tar, but they also occur in damaged tars and black images, so reading goes on. `is_clean` means that the
+    padding after the file is zeros. Any other bytes there come from another file.
     """
     position = zero_blocks = 0
     long_name = None
@@ -614,10 +614,10 @@ def iter_tar_members(shard, report):
 
 
 def split_name(name):
-    """Returns key, inner part and extension of a file's path: "a/b.mask.PNG" → ("a/b", "mask", "png").
+    """Splits a file's path into key, inner part and extension: "a/b.mask.PNG" → ("a/b", "mask", "png").
 
-    In webdataset, a sample's files share the path up to the first dot, and the inner part names a field, say a mask.
-    An inner part that is no such name is a part of the key: "v1.0 a.jpg" → ("v1.0 a", "", "jpg").
+    In webdataset, the key ends at the file name's first dot. The inner part names a field, such as a mask. If it is
+    not a valid identifier, it belongs to the key: "v1.0 a.jpg" → ("v1.0 a", "", "jpg").
     """
     folder, _, filename = name.rpartition("/")
     stem, extension = os.path.splitext(filename)
@@ -628,7 +628,7 @@ def split_name(name):
 
 
 def split_sample(key, parts):
-    """Yields (key, {extension: member}) for each sample in `parts`, which is {inner part: {extension: member}}."""
+    """Splits the files that share a key into samples. Yields each sample as (key, {extension: member})."""
     for inner, members in parts.items():
         # a part with an image and a caption is a sample of its own; so is every part if no file has the plain key
         is_whole = members.keys() & set(IMAGE_EXTENSIONS) and members.keys() & {*CAPTION_EXTENSIONS, "json"}
@@ -637,7 +637,7 @@ def split_sample(key, parts):
 
 
 def group_members(members):
-    """Yields (key, {extension: member}, whether damage next to it may have lost files) for each sample in a tar."""
+    """Groups a tar's files into samples. Yields each as (key, {extension: member}, is_beside_damage)."""
     current = None
     parts = {}  # {inner part: {extension: member}} of the key `current`
     was_damaged = False  # next to a file of `current`
@@ -662,13 +662,13 @@ def group_members(members):
 
 
 def read_member(shard, member):
-    """Returns all bytes of a file in a shard. `member` is the file's (offset, size, first bytes, is clean)."""
+    """Returns all bytes of a file in a shard. `member` is as in iter_tar_members()."""
     offset, size, head, _ = member
     return head if len(head) == size else shard.read(offset, size)
 
 
 def read_sample_captions(shard, members, metadata, fields):
-    """Returns a sample's captions: of its .txt or .caption file, or else of its JSON. Raises ValueError if damaged."""
+    """Returns captions from a .txt or .caption file, or else the JSON. Raises ValueError if none are usable."""
     files = [members[extension] for extension in CAPTION_EXTENSIONS if extension in members]
     captions = []
     for file in files:
@@ -701,10 +701,10 @@ def index_sample(shard, key, members, fields):
 
 
 def join_samples(groups, report):
-    """Yields (key, {extension: member}, is beside damage) for each sample, from what group_members() returns.
+    """Joins the pieces of each sample. Takes and yields (key, {extension: member}, is_beside_damage).
 
-    Plain tar may not put a sample's files next to each other; then all files with the same key are joined. In a tar
-    where most samples are in one piece, a key that comes again is damage.
+    A plain tar may scatter a sample's files. Then all files with the same key are joined. In a tar where most samples
+    are in one piece, a key that occurs again is reported as a duplicate.
     """
     samples, again = {}, []
     kept = 0  # bytes of the files
@@ -727,7 +727,7 @@ def join_samples(groups, report):
 
 
 def index_shard(shard, fields):
-    """Returns two lists: the shard's index rows, and a {"shard", "key", "reason"} for each damaged place or sample."""
+    """Returns the index rows of a shard, and its damage: a list with a {"shard", "key", "reason"} for each problem."""
     rows, damage, without_json = [], [], []
 
     def report(reason, key=None):
@@ -810,7 +810,7 @@ def list_folder(folder, excluded, report, above=()):
 
 
 def read_metadata(path, fields):
-    """Returns {place: row} of a metadata.jsonl, .csv or .parquet file. Raises InputError if it is damaged."""
+    """Returns the rows of a .jsonl, .csv or .parquet file by place ("line 3"). Raises InputError if it is damaged."""
     rows = {}
     place = ""
     try:
@@ -848,7 +848,7 @@ def is_image(path):
 
 
 def same_path(path):
-    """Returns a path in the form in which paths are compared. Macs write é as two characters, others as one."""
+    """Returns a path normalized for comparison. macOS writes é as two characters, other systems as one."""
     return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
@@ -893,7 +893,7 @@ class FolderFiles:
         return next((path for path in paths if same_path(path) in self.images or os.path.isfile(path)), None)
 
     def find_captions(self, path, fields):
-        """Returns an image's captions, wherever they are. Raises ValueError if it has none, or damaged ones."""
+        """Returns an image's captions from any source. Raises ValueError if they are missing or damaged."""
         captions = read_captions([row.get(fields.caption) for row in self.rows.get(path, ())])
         files = [self.captions.get((os.path.splitext(path)[0], extension)) for extension in CAPTION_EXTENSIONS]
         for file in filter(None, files):
@@ -908,7 +908,7 @@ class FolderFiles:
 
 
 def folder_class(path, source):
-    """Returns the class of an image by the first folder below `source`, and its repeats: "10_cat" → ("cat", 10)."""
+    """Returns the class and repeats that the first folder below `source` gives an image: "10_cat" → ("cat", 10)."""
     parts = Path(os.path.relpath(path, source)).parts
     if len(parts) < 2 or parts[0] == "..":
         return None, 1
@@ -920,7 +920,7 @@ def folder_class(path, source):
 def index_folders(sources, fields, excluded=()):
     """Returns the index rows of all images in folders, a list of the damage, and {path: stamp} of the images.
 
-    An image's label comes from the metadata, or else from its first folder. `excluded`: real paths that are left out.
+    Labels come from the metadata, or else from the first folder. Skips the real paths in `excluded`.
     """
     sources = [os.path.abspath(os.path.expanduser(source)) for source in sources]
     root = os.path.commonpath(sources)
@@ -1017,7 +1017,7 @@ def damage_kind(entry):
 
 
 def count_damaged(damage):
-    """Returns the number of damaged samples. A damaged shard that names no damaged sample counts as one."""
+    """Returns the number of damaged samples. Counts one sample for each shard whose damage has no keys."""
     damage = [entry for entry in damage if damage_kind(entry) not in LEFT_OUT]
     named = {(d["shard"], d["key"]) for d in damage if d["key"] is not None}
     cut_shards = {d["shard"] for d in damage} - {shard for shard, _ in named}
@@ -1025,7 +1025,7 @@ def count_damaged(damage):
 
 
 def merge_rows(table, damage):
-    """Merges rows with the same id and image. Returns the table, and `damage` plus rows whose id has another image."""
+    """Returns the table with duplicates merged, and `damage` plus each row that reuses another image's id."""
     ids = table.column("image_id").to_pylist()
     if len(set(ids)) == len(ids):
         return table, damage
@@ -1063,7 +1063,7 @@ def add_trigger_word(table, trigger_word, joiner):
 
 
 def is_held_out(image_ids, fraction):
-    """Returns for each image whether --val_fraction holds it out, bool (N,). At least one is held out."""
+    """Returns a mask, bool (N,), of the images that --val_fraction holds out. Holds out at least one."""
     draws = uniform(HOLD_OUT, np.array([hash_text(i) for i in image_ids], dtype=np.uint64))
     return draws < max(fraction, draws.min() + 1e-12)
 
@@ -1092,7 +1092,7 @@ class Index:
         return {name: self.table.column(name)[int(i)].as_py() for name in self.table.column_names}
 
     def sizes(self):
-        """Returns the (height, width) of all image files in px, (N, 2) float64."""
+        """Returns the height and width of every image file in px, (N, 2) float64."""
         return np.stack([self.table.column(side).to_numpy() for side in ("height", "width")], axis=1).astype(float)
 
     def scales(self, resolution):
@@ -1100,7 +1100,7 @@ class Index:
         return np.array(self.bucket_sizes or [(resolution, resolution)])[self.buckets] / self.sizes()
 
     def label_weights(self, choice):
-        """Returns row, code and weight of each label of each image, as three arrays. "first": only the first label."""
+        """Returns three arrays: each label's row, code and weight. With "first", uses only an image's first label."""
         counts = np.diff(self.label_starts)
         if choice == "first":
             rows = np.flatnonzero(counts)
@@ -1125,7 +1125,7 @@ class Index:
 
 
 def make_index(table, damage, total=None, stamps=None, images=None, image_column="image"):
-    """Returns the Index of a table that has INDEX_SCHEMA's columns. Without `total`, counts all rows and damage."""
+    """Returns the Index of a table with INDEX_SCHEMA's columns. `total` defaults to the rows plus damaged samples."""
     table = table.combine_chunks()
     labels = table.column("labels").combine_chunks()
     names = sorted(set(labels.flatten().to_pylist()))
@@ -1303,7 +1303,7 @@ class MicroBatches:
 
 @lru_cache(64)
 def srgb_transform(profile, mode):
-    """Returns a Pillow transform to sRGB, or None if the profile is sRGB itself. Raises errors if it is broken."""
+    """Returns a Pillow transform to sRGB, or None if the profile is sRGB. Raises an error if the profile is broken."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode != "RGB":
@@ -1315,7 +1315,7 @@ def srgb_transform(profile, mode):
 
 
 def to_srgb(image, profile):
-    """Returns an image in the colours of sRGB, and why its colour profile was ignored, or None."""
+    """Returns an image converted to sRGB, and the reason if its colour profile was ignored, else None."""
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "LA" else "RGB")
@@ -1332,10 +1332,10 @@ def to_srgb(image, profile):
 
 
 def open_image(data, cover=None):
-    """Returns an image as RGB, upright and on white; the (height, width) of its file; its broken profile or None.
+    """Returns an RGB image, upright and on white, the (height, width) of its file, and a profile problem or None.
 
-    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the result has at least the size `cover`, (height, width). That is
-    four times as fast. Raises ValueError if the image is damaged, cut short or a decompression bomb.
+    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that still covers (height, width) `cover`, which is up to four
+    times as fast. Raises ValueError for a damaged or truncated image or a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -1382,7 +1382,7 @@ def assign_buckets(index, resolution):
 
 # Seam: crops. Contract: (top, left) of a window inside the image. ImageDataset.crop_window calls the one of --crop.
 def random_ar_crop(height, width, resolution, u):
-    """Returns (top, left) of a square crop near the middle. Above 2:1, it is in the middle or at the top or left."""
+    """Returns (top, left) of a square crop near the middle. Above 2:1, it is exactly in the middle or at the start."""
     long = max(height, width)
     ratio = long / min(height, width)
     margin = long - resolution
@@ -1490,7 +1490,7 @@ class ImageDataset:
         return self.crop_window(row, self.bucket_size(i), step, self.is_flipped(row, step))
 
     def flips(self, rows):
-        """Returns a list: the crop of rows[0] and, with random_flip, its mirror image. Returns a reason if damaged."""
+        """Returns a list of rows[0]'s crop and, with random_flip, its mirror image, or the reason if it is damaged."""
         bucket = self.bucket_size(rows[0])
         try:
             return [self.crop_window(self.index.row(rows[0]), bucket, 0, flip) for flip in range(1 + self.random_flip)]
@@ -1652,7 +1652,7 @@ class EncodingCache:
         return self.files[place]
 
     def write(self, path, samples):
-        """Writes a file. `samples` maps an image id to a list with a dict per flip, or to a text if it is damaged."""
+        """Writes a file. `samples` maps each image id to a list of dicts, one per flip, or to the damage as text."""
         import torch
 
         tensors, notes = {}, {}

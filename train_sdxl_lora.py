@@ -122,7 +122,7 @@ def raise_if_stopping(accelerator):
 
 
 def run_on_main(accelerator, action):
-    """Calls action() on the main process only. All ranks return its result, or raise the InputError that it raised."""
+    """Calls action() on the main process only. Its result is returned, or its InputError raised, on all ranks."""
     answer = None
     if accelerator.is_main_process:
         try:
@@ -335,7 +335,7 @@ def make_parser():
 
 
 def read_prompts(args):
-    """Returns the prompts for sample images. Raises OSError or ValueError if the file of prompts cannot be used."""
+    """Returns the prompts for sample images. Raises OSError or ValueError if the prompt file cannot be used."""
     prompts = [args.validation_prompt] if args.validation_prompt else []
     if not args.validation_prompts:
         return prompts
@@ -676,10 +676,11 @@ def load_text_encoders(args, weight_dtype):
 
 
 def load_models(args, weight_dtype, device, unet_weights=True):
-    """Loads all models that --stage needs. The VAE gets --vae_precision; UNet and encoders get `weight_dtype`.
+    """Loads all models that --stage needs. Raises InputError, naming the flag, if a part cannot be loaded.
 
-    VAE and text encoders go to `device`, the UNet stays on the CPU. If `unet_weights` is false, the UNet is on the
-    meta device, without weights. Raises InputError, which names the flag, if a part does not load.
+    The VAE uses --vae_precision. The UNet and the text encoders use `weight_dtype`. The VAE and the text encoders are
+    moved to `device`, and the UNet stays on the CPU. If `unet_weights` is false, the UNet is created on the meta
+    device, without weights.
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
@@ -733,9 +734,10 @@ def fingerprint_parts(*parts):
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, y = x W + b + s (x A) B (arXiv:2106.09685). One kernel scales by s and adds to x W + b.
+    """PEFT's LoRA layer, y = x W + b + s (x A) B (arXiv:2106.09685), with a fused last step.
 
-    x is (…, in), y is (…, out). A and B are stored in fp32 and cast to the dtype of x.
+    One kernel multiplies x A by B, scales the product by s and adds it to x W + b. x has shape (…, in) and y has shape
+    (…, out). A and B are stored in fp32 and cast to the dtype of x.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -814,9 +816,10 @@ def add_adapters(args, models, seed):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """Computes x W^T + b. W (out, in) is int8 and has a scale per row, (out, 1). Backward needs W but not x.
+    """Computes x W^T + b, where W is stored as int8 with one scale per row. Backward needs W but not x.
 
-    bitsandbytes' int8 layer would keep x in memory, even with checkpointing, and would round x to int8 on CUDA.
+    W has shape (out, in) and the scales have shape (out, 1). bitsandbytes' int8 layer would keep x in memory, even
+    with checkpointing, and would round x to int8 on CUDA.
     """
 
     @staticmethod
@@ -859,7 +862,7 @@ def make_nf4_linear(linear, compute_dtype):
 
 
 def quantize_linears(model, precision, compute_dtype):
-    """Replaces each linear layer of `model` with a quantized one. `precision`: "nf4" (arXiv:2305.14314) or "int8"."""
+    """Replaces each linear layer of `model` with an "nf4" (arXiv:2305.14314) or "int8" layer, as `precision` says."""
     for parent in list(model.modules()):
         for name, linear in parent.named_children():
             if type(linear) is torch.nn.Linear:
@@ -880,7 +883,7 @@ class SdpaAttention(AttnProcessor2_0):
 
 
 def set_attention(unet, name):
-    """Makes the UNet use attention kernel `name` and runs it once as a test. Raises InputError if the test fails."""
+    """Sets the UNet's attention kernel to `name` and runs a small test. Raises InputError if the test fails."""
     if name == "sdpa":
         return
     try:
@@ -923,7 +926,10 @@ def set_checkpointing(unet, mode, dropout):
 
 
 def compile_blocks(unet):
-    """Compiles the UNet's transformer blocks separately for each batch shape, so resumed runs use the same kernels."""
+    """Compiles the UNet's transformer blocks, separately for each batch shape.
+
+    A kernel then depends only on the batch shape, so a resumed run uses the same kernels as before.
+    """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it would split blocks whose gradients exceed a DDP bucket
     try:
@@ -965,7 +971,10 @@ EXPECTED_SAMPLES["--val_shards"] = EXPECTED_SAMPLES["--train_shards"]
 
 
 def index_shards(accelerator, args, flag, fields):
-    """Indexes the shards that `flag` names. Each rank reads some of them. Returns table, damage and shard stamps."""
+    """Indexes the shards that `flag` names. The ranks share the work.
+
+    Returns the table of images, the list of damaged samples, and a dict from shard to stamp.
+    """
     cache_dir = Path(args.cache_dir or args.output_dir) / "index"
     cache_dir.mkdir(parents=True, exist_ok=True)
     shards = expand_shards(args.train_shards if flag == "--train_shards" else args.val_shards)
@@ -1055,7 +1064,11 @@ def note_skipped(args, index, progress, entries, write=True):
 
 
 def read_source(accelerator, args, flag):
-    """Returns the data that `flag` names: a table of images, the damage, {file: stamp}, and a dataset with bytes."""
+    """Returns the data that `flag` names, as four values.
+
+    They are the table of images, the list of damaged samples, a dict from file to stamp, and the dataset that holds
+    the image bytes. The dataset is None unless `flag` is --dataset_name.
+    """
     fields = data.Fields(
         args.image_column, args.caption_column, args.class_key, args.aesthetic_key, args.instance_prompt
     )
@@ -1072,15 +1085,18 @@ def read_source(accelerator, args, flag):
 
 
 def make_tag_augmentation(args):
-    """Returns how the tags of captions are drawn. The tags of --trigger_word are kept in their place."""
+    """Returns the TagAugmentation, which says how the tags of a caption are shuffled and dropped.
+
+    The tags of --trigger_word always stay in place.
+    """
     tags = data.TagAugmentation(args.tag_separator, args.keep_tags, args.shuffle_tags, args.tag_dropout)
     return replace(tags, kept=args.keep_tags + len(tags.split(args.trigger_word or "")))
 
 
 def load_index(accelerator, args, flag, seed):
-    """Returns the Index of the data in `flag`, and that of the images that --val_fraction holds out, or None.
+    """Returns two Indexes: the data that `flag` names, and the images held out by --val_fraction, or None.
 
-    Raises InputError if no sample is usable or too many are damaged, after they are listed in skipped.jsonl.
+    Raises InputError if no sample is usable or too many are damaged. Lists them in skipped.jsonl before that.
     """
     table, damage, stamps, images = read_source(accelerator, args, flag)
     found = len(table) + len(damage)
@@ -1117,7 +1133,10 @@ def load_index(accelerator, args, flag, seed):
 
 
 def log_data(index, mix, csv_counts, resolution):
-    """Warns about damaged samples, small images, images without a class, and a --class_csv unlike the data."""
+    """Logs the size of the data. Warns about damaged samples, small images and images without a class.
+
+    Also warns if the classes in --class_csv differ from those in the data.
+    """
     classes = int(mix.support.sum())
     logger.info("%d images of %d classes, %d damaged", len(index), classes, data.count_damaged(index.damage))
     if index.damage:
@@ -1226,10 +1245,10 @@ def set_caption_chunks(args, accelerator, models, index):
 
 
 def encode_prompts(models, captions, device):
-    """Returns prompt_embeds (B, chunks * 77, D) and pooled_prompt_embeds (B, D2), made as in SDXL's pipeline.
+    """Returns prompt_embeds (B, chunks * 77, D) and pooled_prompt_embeds (B, D2), computed as in SDXL's pipeline.
 
-    prompt_embeds are the encoders' next-to-last hidden states, side by side (refiner: only those of text_encoder_2).
-    pooled_prompt_embeds is text_encoder_2's projection of each caption's first chunk.
+    prompt_embeds are the next-to-last hidden states of the text encoders, concatenated along the last axis. The
+    refiner has only text_encoder_2. pooled_prompt_embeds is text_encoder_2's projection of each caption's first chunk.
     """
     chunks = models.caption_chunks
     embeds = []
@@ -1250,9 +1269,10 @@ def encode_captions(models, batch, device, with_empty=False):
 
 
 def drop_captions(prompt_embeds, pooled_prompt_embeds, dropped, empty=None):
-    """Returns both embeddings, with `empty` (None: zeros) in the rows where `dropped` (B,) is true.
+    """Returns both embeddings, with the rows of dropped captions replaced by `empty`, or by zeros if it is None.
 
-    Dropped captions are encoded too: if one rank skipped its text encoders, the other ranks would hang in DDP.
+    `dropped` has shape (B,) and is true for each dropped caption. Dropped captions are encoded too: if one rank
+    skipped its text encoders, the other ranks would hang in DDP.
     """
     if empty is None:
         empty = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
@@ -1271,7 +1291,10 @@ def encode_moments(vae, pixel_values):
 
 
 def sample_latents(vae, moments, vae_noise):
-    """Returns latents (B, 4, h, w), float32: mean + std * vae_noise, multiplied by the VAE's scaling factor."""
+    """Returns float32 latents of shape (B, 4, h, w), drawn from the VAE's posterior.
+
+    They are mean + std * vae_noise, multiplied by the VAE's scaling factor.
+    """
     mean, std = moments.float().unbind(dim=1)
     return (mean + std * vae_noise) * vae.config.scaling_factor
 
@@ -1280,9 +1303,11 @@ def sample_latents(vae, moments, vae_noise):
 
 
 def fill_cache(accelerator, cache, encode, title):
-    """Writes the files that a cache lacks. Each rank writes its share, then all files that it still cannot see.
+    """Writes the files that are missing from a cache. Raises InputError if an existing file is damaged.
 
-    encode(groups) yields the samples of one file after another. Raises InputError if a file is damaged.
+    Each rank first writes its share. It then writes any file that it still does not find, which happens if the ranks
+    do not share a disk. encode(groups) takes a group of rows per file and yields the samples of one file after
+    another.
     """
     paths = list(cache.rows)
     for share in (paths[accelerator.process_index :: accelerator.num_processes], paths):
@@ -1306,7 +1331,10 @@ def fill_cache(accelerator, cache, encode, title):
 
 
 def encode_images(models, dataset, device, workers, groups):
-    """Yields a dict per group of rows: {image id: list of encodings, or an error message}."""
+    """Yields one dict per group of rows. It maps each image id to a list of encodings.
+
+    The list has one encoding, or two with --random_flip. A damaged image has an error message instead.
+    """
     ids = dataset.index.table.column("image_id").to_pylist()
     rows = [int(i) for group in groups for i in group]
     stream = iter(DataLoader(rows, collate_fn=dataset.flips, num_workers=workers, worker_init_fn=data.ignore_signals))
@@ -1336,7 +1364,7 @@ def cache_latents(accelerator, models, dataset, folder, workers):
 
 
 def encode_texts(models, ids, captions, device, groups):
-    """Yields a dict per group of rows: {image id: [embeddings of each caption]}."""
+    """Yields one dict per group of rows. It maps each image id to a list with the embeddings of each caption."""
     for group in groups:
         texts = [caption for i in group for caption in captions[i]]
         with torch.no_grad():
@@ -1391,7 +1419,11 @@ def cache_encodings(accelerator, args, models, image_datasets):
 # latents; all from the samples' own seeds, so that the draw is the same on any number of processes. Add a new draw at
 # the end of the loop: one in the middle changes all that follow.
 def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
-    """Returns a dict: "vae_noise" and "noise" (B, *latent_shape), "timesteps" and "caption_draws" (B,)."""
+    """Returns the random draws for a batch. Each sample's draws depend only on its seed.
+
+    The result is a dict. "vae_noise" and "noise" have shape (B, *latent_shape). "timesteps" and "caption_draws" have
+    shape (B,).
+    """
     draws = {"vae_noise": [], "noise": [], "timesteps": [], "caption_draws": []}
     for seed in sample_seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -1405,7 +1437,7 @@ def sample_noise(sample_seeds, latent_shape, timestep_band, noise_offset=0.0):
 
 
 def sample_batch_noise(models, batch, noise_offset):
-    """Calls sample_noise with the seeds and the latent shape of a batch. Returns tensors on its device."""
+    """Calls sample_noise with a batch's seeds and latent shape. Returns the draws on the device of the batch."""
     if "moments" in batch:
         shape = batch["moments"].shape[2:]
     else:
@@ -1482,7 +1514,7 @@ def make_parameter_groups(trained, learning_rate, text_encoder_lr_scale):
 
 # Seam: the optimizer. Contract: a torch optimizer over the parameter groups, whose "lr" the schedule multiplies.
 def make_optimizer(args, groups, learning_rate):
-    """Returns the optimizer that --optimizer names. Raises InputError if the optimizer's package does not load."""
+    """Returns the optimizer that --optimizer names. Raises InputError if its package cannot be imported."""
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     try:
         if args.optimizer == "adamw8bit":
@@ -1502,7 +1534,7 @@ def make_optimizer(args, groups, learning_rate):
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
 def make_lr_schedule(name, warmup_steps, max_train_steps):
-    """Returns a function from a step to the factor by which the peak learning rate is multiplied."""
+    """Returns a function that maps a step to a factor. The peak learning rate is multiplied by this factor."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
@@ -1553,7 +1585,10 @@ COMPARED_BY_CONTENT = ("global_batch", "dataset", "class_distribution", "base_mo
 
 
 def make_resume_signature(args, accelerator, index, mix):
-    """Returns what a resumed run must not change: the MATHEMATICS flags, precision, global batch and data."""
+    """Returns the values that must stay the same when a run is resumed.
+
+    They are the flags listed in MATHEMATICS, the precision, the global batch size and the data.
+    """
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
     signature = {name: getattr(args, name) for name in MATHEMATICS}
     signature["mixed_precision"] = accelerator.mixed_precision
@@ -1572,7 +1607,7 @@ def other_flags(args):
 def list_differences(saved, current):
     """Returns a line such as "--rank: 4 in the checkpoint, 8 now" for each value that differs.
 
-    A flag that is missing in `saved` is newer than the checkpoint, and had its default value.
+    If a flag is missing from `saved`, it is newer than the checkpoint. The flag's default value is then compared.
     """
     parser = make_parser()
     older = {name: saved.get(name.replace("class_", "species_"), parser.get_default(name)) for name in current}
@@ -1632,9 +1667,10 @@ def adapter_metadata(trained):
 
 
 def kohya_state_dict(trained, adapters):
-    """Returns adapter_state_dict's tensors under kohya's keys, for ComfyUI and A1111, and an alpha for each layer.
+    """Returns the tensors of adapter_state_dict under kohya's key names, which ComfyUI and A1111 read.
 
-    Readers scale by alpha / rank. rsLoRA's scale is alpha / sqrt(rank), so alpha * sqrt(rank) is stored for it.
+    Adds an alpha for each layer. These programs scale by alpha / rank, but rsLoRA scales by alpha / sqrt(rank). For
+    rsLoRA, alpha * sqrt(rank) is stored instead.
     """
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     renamed["lora_magnitude_vector"] = "dora_scale"
@@ -1671,7 +1707,7 @@ def lora_files(trained, args):
 
 
 def save_lora(trained, folder, args):
-    """Writes both LoRA files into `folder`, and creates it if necessary. Raises OSError if the disk is full."""
+    """Writes both LoRA files into `folder`, which is created if necessary. Raises OSError if the disk is full."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, write in lora_files(trained, args).items():
         write(Path(folder) / name)
@@ -1736,7 +1772,10 @@ def complete_checkpoint(unfinished, final, files):
 
 
 def write_checkpoint(output_dir, step, files, keep=None):
-    """Writes a checkpoint atomically. Then deletes all but the newest `keep`. Returns an error message or None."""
+    """Writes a checkpoint atomically, then deletes older ones so that only the newest `keep` remain.
+
+    Deletes none if `keep` is None. Returns an error message if writing failed, or else None.
+    """
     final = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f".checkpoint-{step}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -1753,7 +1792,10 @@ def write_checkpoint(output_dir, step, files, keep=None):
 
 
 def report_unsaved(run):
-    """Saves the LoRA to a temporary folder because output_dir's disk is full. TrainingError names that folder."""
+    """Raises TrainingError because the disk of output_dir is full.
+
+    First tries to save the LoRA to a temporary folder. The error message names that folder.
+    """
     args = run.args
     step = run.progress.step
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
@@ -1765,7 +1807,10 @@ def report_unsaved(run):
 
 
 def save_checkpoint(run, last):
-    """Starts writing a checkpoint in the background. If `last`, waits, and raises TrainingError if writing failed."""
+    """Starts writing a checkpoint in the background.
+
+    If `last` is true, waits until it is written, and raises TrainingError if writing failed.
+    """
     args = run.args
     fault = None
     stop.patient = True
@@ -1831,7 +1876,10 @@ def find_checkpoint(args):
 
 
 def trim_rows(path, progress):
-    """Removes incomplete rows from a JSONL file, and rows after the checkpoint: the resumed run writes them again."""
+    """Removes incomplete rows from a JSONL file, and all rows that were written after the checkpoint.
+
+    The resumed run writes those rows again.
+    """
     if not path.exists():
         return
     kept = []
@@ -1945,7 +1993,7 @@ def push_to_hub(args):
 
 @contextmanager
 def evaluating(models):
-    """Context manager: evaluation mode, no gradients, no compiled code. Restores the models' modes at the end."""
+    """Context manager that sets evaluation mode and turns off gradients and compiled code. Restores all at the end."""
     adapted = [models.unet, *models.text_encoders]
     modes = [model.training for model in adapted]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1961,7 +2009,7 @@ def evaluating(models):
 def validation_requests(index, batch_size, rank, world, max_batches):
     """Returns this rank's validation batches as (requests, size). Requests after the first `size` are padding.
 
-    A request is (row, label, step, position). The position seeds the noise: here it is a hash of the image id.
+    A request is (row, label, step, position). The position seeds the noise, and is a hash of the image id.
     """
     rows = np.argsort(index.id_hashes, kind="stable")
     batches = []
@@ -2153,7 +2201,8 @@ class Run:
     """Holds everything that the train loop needs. make_run() creates it.
 
     `models` is for training steps: DDP wraps the ones with adapters. `unwrapped` holds the same models without DDP,
-    for validation and sample images. `trained` has only those with adapters, by name and without DDP, for saving.
+    for validation and sample images. `trained` is a dict of only the models with adapters, also without DDP, for
+    saving.
     """
 
     args: argparse.Namespace
@@ -2215,7 +2264,7 @@ def check_gradients(trained):
 
 @dataclass
 class Report:
-    """A step's sums over all ranks, and details of this rank. It is read one step late, so training does not wait."""
+    """Holds a step's sums over all ranks and this rank's losses. It is read a step late to keep training going."""
 
     step: int
     sums: torch.Tensor  # (4,) on the CPU, over the ranks: loss, gradient is not finite, stop signal, damaged samples
@@ -2227,7 +2276,7 @@ class Report:
 
 
 def send_report(run, losses, grad_norm, keys, skipped):
-    """Starts to sum a Report over all ranks. In a step, ranks exchange only this report and the gradients."""
+    """Starts summing a Report over all ranks. A normal step exchanges nothing else except the gradients."""
     on_gpu = losses.device.type == "cuda"
     own = torch.tensor([0.0, 0.0, float(bool(stop)), len(skipped)], dtype=torch.float64)
     own = to_device(own, losses.device)
@@ -2241,7 +2290,8 @@ def send_report(run, losses, grad_norm, keys, skipped):
 def count_nonfinite_step(run, report, loss):
     """Counts a step whose loss or gradient is NaN or infinite, and warns that it is skipped.
 
-    If it may not be skipped, or after too many in a row, raises TrainingError on all ranks, naming step and samples.
+    Raises TrainingError on all ranks if the step may not be skipped, or after too many such steps in a row. The error
+    names the step and the samples.
     """
     progress = run.progress
     progress.nonfinite_steps += 1
@@ -2262,9 +2312,10 @@ def count_nonfinite_step(run, report, loss):
 
 
 def read_reports(run, late=0):
-    """Adds all but the newest `late` reports to run.progress. Returns whether the last one read is non-finite.
+    """Reads all reports except the newest `late`, and adds them to run.progress.
 
-    All ranks read the same reports. After a stop signal on any rank, reads all reports and sets run.stopping.
+    Returns whether the last report that it read has a non-finite loss or gradient. All ranks read the same reports.
+    After a stop signal on any rank, it reads every report and sets run.stopping.
     """
     is_nonfinite = False
     while len(run.reports) > (0 if run.stopping else late):
@@ -2288,7 +2339,7 @@ def read_reports(run, late=0):
 
 
 def log_metrics(run, bar, grad_norm):
-    """Logs a row to metrics.jsonl and the other trackers, and returns it. Its loss is the mean since the last row."""
+    """Logs a row of metrics to all trackers and returns the row. Its loss is the mean since the previous row."""
     progress = run.progress
     step = progress.step
     last_step, last_time = run.last_log
@@ -2327,7 +2378,7 @@ def validate_or_stop(run):
 
 
 def update_weights(run):
-    """Runs the optimizer and advances run.progress by a step. --on_nonfinite skip ignores non-finite gradients."""
+    """Updates the weights, unless --on_nonfinite skips a non-finite step. Advances run.progress by a step."""
     progress = run.progress
     may_skip = run.args.on_nonfinite == "skip" and run.accelerator.scaler is None  # a scaler skips by itself
     skip = read_reports(run) if may_skip else False
@@ -2444,7 +2495,7 @@ def measure_matmul(device, dtype):
 
 
 def estimate_resources(args, models, trained, device, images):
-    """Estimates {part: bytes} of memory on a device, and the shortest possible time to train on `images` images."""
+    """Returns the estimated memory of each part, in bytes, and the least time to train on `images` images."""
     flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(models.vae.config)
@@ -2634,10 +2685,11 @@ def touch_preempt_file():
 
 
 class SignalListener:
-    """Thread that records SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread waits for other ranks.
+    """Thread that records SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread is blocked.
 
-    After the first signal, another Ctrl-C ends the process, and so do STOP_SECONDS without progress. A run of one
-    process ends at once if it has no step to save. If the launcher exits, that is treated like a SIGTERM.
+    A second Ctrl-C ends the process at once. After any stop signal, the process also ends if no progress is made for
+    STOP_SECONDS. A run with one process ends at once if it has no step to save. If the launcher exits, this counts as
+    a SIGTERM.
     """
 
     def __init__(self, launcher_pid):
@@ -2829,7 +2881,7 @@ def prepare_output_dir(accelerator, args):
 
 
 def claim_output_dir(args):
-    """Locks output_dir. Returns the checkpoint folder and its Progress, or None and a new Progress."""
+    """Locks output_dir. Returns the checkpoint folder and its Progress. A new run gets None and a new Progress."""
     if not args.dry_run:
         lock_output_dir(Path(args.output_dir))
     folder, progress = find_checkpoint(args)
@@ -2859,7 +2911,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
 
 
 def prepare_for_training(args, accelerator, models, progress):
-    """Adds adapters. Returns the models with DDP, a dict of those with adapters but without DDP, and the optimizer."""
+    """Adds adapters and DDP. Returns the values of Run.models, Run.trained and Run.optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
         quantize_linears(models.unet, args.base_precision, weight_dtype)
@@ -2880,7 +2932,7 @@ def prepare_for_training(args, accelerator, models, progress):
 
 
 def make_run(args, accelerator, progress):
-    """Returns the Run: everything that the train loop needs. Makes its parts in the order of this file."""
+    """Builds everything that the train loop needs, and returns it as a Run."""
     dataset, mix, val_dataset = make_data(accelerator, args, progress.seed)
     index = dataset.index
     raise_if_stopping(accelerator)
