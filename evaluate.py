@@ -703,7 +703,10 @@ def write_reference(path, found):
 
 
 def open_source(args, flag):
-    """Returns the stamps of the files that `flag` names, and a function that lists (Shard, index row) for each."""
+    """Returns the stamps of the files that `flag` names, and a function that lists their images.
+
+    A stamp changes with its file. The function returns a list of (Shard, index row), one for each image.
+    """
     cache_dir = args.cache_dir or args.output_dir
     if flag == "train_data_dir":
         excluded = [os.path.realpath(path) for path in (args.output_dir, args.images_dir, args.cache_dir) if path]
@@ -778,7 +781,7 @@ def compare_with_training(embeddings, thumbnails, reference, itself=False):
     """Compares n images with all images in `reference`. Returns a dict of three arrays, (n,) each.
 
     "nearest_similarity" is the highest CLIP similarity. "copy_similarity" is the highest correlation of thumbnails,
-    mirrored ones included. "nearest" is the index of the reference image with that correlation.
+    mirrored ones included. "nearest" is the index of the reference image that gave "copy_similarity".
     """
     similar, _ = find_nearest(embeddings[:, None], reference.embeddings[:, None], itself)
     both = np.stack([thumbnails, mirror_thumbnails(thumbnails)], axis=1)
