@@ -146,3 +146,31 @@ def test_a_checkpoint_of_another_version_is_an_error_that_says_what_to_do(flags,
     (folder / "checksums.json").write_text(trainer.make_checksums(folder, names))
     result = run_trainer([*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest"], own_run)
     assert result.codes == [1] and "from_the_future" in result.output
+
+
+NEWER_FLAGS = (
+    "val_fraction",
+    "min_image_size",
+    "trigger_word",
+    "shuffle_tags",
+    "tag_dropout",
+    "keep_tags",
+    "tag_separator",
+)
+
+
+def test_a_checkpoint_from_before_the_flags_were_called_class_goes_on(flags, own_run):
+    folder = own_run / "checkpoint-4"
+    progress = json.loads((folder / "progress.json").read_text())
+    law = {name.replace("class_", "species_"): value for name, value in progress["law"].items()}
+    progress["law"] = {name: value for name, value in law.items() if name not in NEWER_FLAGS}
+    assert {"species_mix", "species_key", "species_choice", "species_mix_schedule"} < set(progress["law"])
+    (folder / "progress.json").write_text(json.dumps(progress))
+    names = [p.name for p in folder.iterdir() if p.name != "checksums.json"]
+    (folder / "checksums.json").write_text(trainer.make_checksums(folder, names))
+    argv = [*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest"]
+    refused = run_trainer([*argv, "--class_mix", 0.3, 0.95, 6000], own_run)
+    assert refused.codes == [1] and "--class_mix: [0.2, 0.95, 6000] in the checkpoint, [0.3, " in refused.output
+    refused = run_trainer([*argv, "--trigger_word", "sks"], own_run)
+    assert refused.codes == [1] and "--trigger_word: None in the checkpoint, 'sks' now" in refused.output
+    assert assert_ok(run_trainer(argv, own_run)).metrics()[-1]["step"] == 6
