@@ -14,6 +14,7 @@ Sections, in the order data flows:
      1 Prompts and models    2 Arguments    3 Images    4 Scores    5 Statistics    6 Report    7 Main
 """
 
+import argparse
 import base64
 import csv
 import hashlib
@@ -36,6 +37,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import sdxl_data
+import sdxl_weights
 from sdxl_data import InputError
 
 AESTHETIC_HEAD = (
@@ -199,14 +201,20 @@ def make_parser():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="one image per seed and prompt")
 
     add = parser.add_argument_group("Images").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="SDXL snapshot: folder or hub id")
+    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID",
+        help="SDXL snapshot, folder or hub id, or a checkpoint in one .safetensors file")
     add("--revision", metavar="REV", help="hub revision of the snapshot")
     add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
+    add("--single_file_config", metavar="DIR",
+        help="snapshot whose configurations and tokenizers .safetensors files are read with (default: SDXL's own)")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: the model's own")
+    add("--rescale_betas_zero_snr", action=argparse.BooleanOptionalAction, default=None,
+        help="noise schedule with zero terminal SNR (default: the model's own)")
     add("--lora", nargs="+", default=[], metavar="FILE|DIR",
         help="LoRA files in diffusers' or kohya's format, runs or checkpoints; the base model is always evaluated too")
     add("--checkpoints", metavar="DIR", help="evaluate every checkpoint of this run")
     add("--lora_scale", type=float, default=1.0, metavar="X", help="strength of the LoRAs")
-    add("--refiner_unet", metavar="PATH|ID", help="refiner that finishes all images")
+    add("--refiner_unet", metavar="PATH|ID", help="refiner that finishes all images; as above")
     add("--refiner_lora", metavar="FILE|DIR",
         help="LoRA of the refiner; used with every model but the base model")
     add("--denoising_start", type=float, default=0.8, metavar="P", help="share of the steps done before the refiner")
@@ -261,9 +269,10 @@ def parse_args(argv=None):
         parser.error(f"--denoising_start: found {args.denoising_start}; expected a share between 0 and 1")
     if args.refiner_lora and not args.refiner_unet:
         parser.error("--refiner_lora: found without --refiner_unet; give the refiner too")
-    snapshot = Path(args.pretrained_model_name_or_path).expanduser()
-    if sdxl_data.looks_like_path(args.pretrained_model_name_or_path) and not snapshot.is_dir():
-        parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
+    try:
+        sdxl_weights.check_model_flags(args)
+    except InputError as error:
+        parser.error(str(error))
     checks = {
         "prompts": lambda: read_prompts(args.prompts),
         "lora": lambda: list(map(find_lora, args.lora)),
@@ -346,6 +355,7 @@ def slug(text):
 # The flags that change the images.
 IMAGE_FLAGS = """pretrained_model_name_or_path revision variant lora_scale refiner_unet denoising_start resolution
     num_inference_steps guidance_scale negative_prompt dtype""".split()
+NEWER_IMAGE_FLAGS = ("single_file_config", "prediction_type", "rescale_betas_zero_snr")  # not hashed if not given
 
 
 def list_jobs(args, models, prompts):
@@ -359,7 +369,8 @@ def list_jobs(args, models, prompts):
     for model in models:
         has_lora = model.lora is not None or model.refiner_lora is not None
         values = [getattr(args, flag) for flag in IMAGE_FLAGS if has_lora or flag != "lora_scale"]
-        stamp = short_hash(*values, hash_file(model.lora), hash_file(model.refiner_lora))
+        newer = [f"{flag} {getattr(args, flag)}" for flag in NEWER_IMAGE_FLAGS if getattr(args, flag) is not None]
+        stamp = short_hash(*values, *newer, hash_file(model.lora), hash_file(model.refiner_lora))
         for prompt in prompts:
             name = f"{slug(prompt.id)}-{short_hash(prompt.id, prompt.prompt)}"
             for seed in args.seeds:
@@ -388,6 +399,7 @@ class ImageGenerator:
     def load_base(self):
         load = StableDiffusionXLPipeline.from_pretrained
         base = trainer.load_part(self.args, load, None, add_watermarker=False, **self.options)
+        base.scheduler = type(base.scheduler).from_config(trainer.load_scheduler_config(self.args))
         if base.vae.dtype == torch.float16:
             base.vae.to(torch.float32)  # SDXL's own overflows in fp16
         base.vae.enable_slicing()  # decode one by one: in fp32 each image of 1024 px takes 3 GB
@@ -449,6 +461,7 @@ class ImageGenerator:
         options = {
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": args.guidance_scale,
+            "guidance_rescale": trainer.guidance_rescale(self.base.scheduler),
             "negative_prompt": None if args.negative_prompt is None else [args.negative_prompt] * len(texts),
             "generator": generators,
             "output_type": "latent",

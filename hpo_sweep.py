@@ -433,7 +433,8 @@ def make_evaluation(args, trainer_args):
     Raises InputError if the file of --evaluation cannot be read or has a flag that a sweep does not accept.
     """
     flags = {"resolution": trainer_args.resolution}
-    for name in ("pretrained_model_name_or_path", "revision", "variant", "cache_dir"):
+    names = "pretrained_model_name_or_path revision variant single_file_config prediction_type rescale_betas_zero_snr"
+    for name in [*names.split(), "cache_dir"]:
         flags[name] = make_absolute(getattr(trainer_args, name))
     if trainer_args.stage == "refiner":
         flags["refiner_unet"] = make_absolute(trainer_args.refiner_unet)

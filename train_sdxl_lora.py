@@ -14,7 +14,7 @@ To resume an interrupted run, run the same command with --resume_from_checkpoint
 The sections, in the order data flows; each calls only what is above it:
      1 Arguments      2 Models and LoRA   3 Data         4 Encoding     5 Loss       6 Optimizer
      7 Checkpoints    8 Validation        9 Train loop  10 Preview     11 Process, log, errors    12 Main
-sdxl_data.py, beside this file, reads the data: shard or folder → index → plan → crops → batches.
+Beside it: sdxl_data.py (shard or folder → index → plan → crops → batches), sdxl_weights.py (others' model files).
 To read it: this page, `--help`, main(), train(), diffusion_loss(); then the section you came for.
 Lines that begin with "# Seam:" mark the places meant to be edited, each with its contract.
 """
@@ -54,13 +54,14 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 import sdxl_data as data
+import sdxl_weights
 from sdxl_data import LORA_FILE, EncodedDataset, ImageDataset, InputError, expand_shards, torch_seed, write_file
 
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the same adapters for ComfyUI and A1111; LORA_FILE: diffusers
 TIME_IDS = {"base": 6, "refiner": 5}  # numbers in add_time_ids
 # --gradient_checkpointing → bytes of activations that a 1024 px image keeps in SDXL's UNet in 16 bits, counted
 ACTIVATION_BYTES = {"none": 5.8e9, "blocks": 1.0e9, "full": 0.55e9}
 RECOMPILE_LIMIT = 512  # graphs a block may have under --compile: two widths for every shape of --crop bucket
+GUIDANCE_RESCALE = 0.7  # of sample images with zero terminal SNR (arXiv:2305.08891, sec. 3.4)
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a sample image, as in diffusers' training scripts
 VAE_PIXELS = 1 << 20  # pixels the VAE encodes at once: in fp32 a 1024 px image briefly takes 2.7 GB
 MAX_CAPTION_CHUNKS = 3  # --long_captions chunk reads at most 225 tokens
@@ -152,13 +153,17 @@ LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 # resumed run could use another value unnoticed.
 def add_model_arguments(parser):
     add = parser.add_argument_group("Models and LoRA").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID", help="SDXL snapshot, folder or hub id")
-    add("--pretrained_vae_model_name_or_path", metavar="PATH|ID", help="another VAE, e.g. one fixed for fp16")
+    add("--pretrained_model_name_or_path", required=True, metavar="PATH|ID",
+        help="SDXL snapshot, folder or hub id, or a checkpoint in one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", metavar="PATH|ID",
+        help="another VAE, e.g. one fixed for fp16; a folder, hub id or .safetensors file")
     add("--revision", metavar="REV", help="hub revision of the snapshot")
     add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
+    add("--single_file_config", metavar="DIR",
+        help="snapshot whose configurations and tokenizers .safetensors files are read with (default: SDXL's own)")
     add("--stage", choices=["base", "refiner"], default="base", help="which UNet is trained")
     add("--refiner_unet", metavar="PATH|ID",
-        help="refiner: the UNet to train: its folder, a snapshot with unet/, or a hub id")
+        help="refiner: the UNet to train: its folder, a snapshot with unet/, a hub id or a .safetensors file")
     add("--text_encoder_2_lora", metavar="FILE", help="refiner: base-stage LoRA whose text_encoder_2 part is merged")
     add("--rank", type=int, default=4, metavar="R", help="LoRA rank of the UNet")
     add("--lora_alpha", type=float, metavar="A", help="the LoRA is scaled by alpha / rank (default: the rank)")
@@ -178,6 +183,8 @@ def add_model_arguments(parser):
         "whole UNet (also the bare flag); auto: the least that fits on the GPU")
     add("--attention_backend", choices=["sdpa", "flash", "efficient", "cudnn", "math", "xformers"], default="sdpa",
         help="attention kernel of the UNet; sdpa lets PyTorch choose")
+    add("--enable_xformers_memory_efficient_attention", **switch, help="same as --attention_backend xformers")
+    add("--enable_npu_flash_attention", **switch, help="no effect; accepted because diffusers' script has it")
     add("--compile", **switch, help="compile the UNet's transformer blocks, once per batch shape; "
         "if that fails, training continues uncompiled")
 
@@ -246,7 +253,9 @@ def add_encoding_arguments(parser):
 def add_loss_arguments(parser):
     add = parser.add_argument_group("Loss").add_argument
     add("--snr_gamma", type=float, metavar="G", help="min-SNR (arXiv:2303.09556), 0 = off (default: 5, refiner: 0)")
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: the snapshot's own")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: the model's own")
+    add("--rescale_betas_zero_snr", action=argparse.BooleanOptionalAction, default=None,
+        help="noise schedule with zero terminal SNR (arXiv:2305.08891; default: the model's own)")
     add("--noise_offset", type=float, default=0.0, metavar="X", help="strength of noise constant over each channel")
     add("--refiner_timestep_band", nargs=2, type=int, default=[0, 200], metavar=("LOW", "HIGH"),
         help="refiner: timesteps to train on, both included")
@@ -260,6 +269,8 @@ def add_optimizer_arguments(parser):
     add("--text_encoder_lr_scale", type=float, default=0.3, metavar="X", help="text encoders: LR times X, not prodigy")
     add("--scale_lr", **switch, help="multiply LR by devices x accumulation x batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine", help="learning-rate schedule")
+    add("--lr_num_cycles", type=int, default=1, metavar="N", help="cosine_with_restarts: number of restarts")
+    add("--lr_power", type=float, default=1.0, metavar="X", help="polynomial: the power")
     add("--lr_warmup_steps", type=int, metavar="STEPS", help="warm-up steps (default: 3%% of the run)")
     add("--adam_beta1", type=float, default=0.9, metavar="B", help="Adam's first decay rate")
     add("--adam_beta2", type=float, default=0.999, metavar="B", help="Adam's second decay rate")
@@ -284,6 +295,7 @@ def add_checkpoint_arguments(parser):
     add("--allow_batch_change", **switch, help="resume with another global batch; the current epoch continues")
     add("--push_to_hub", **switch, help="upload the LoRA and its model card")
     add("--hub_token", metavar="TOKEN", help="hub token; never written anywhere")
+    add("--hub_private_repo", **switch, help="create the repository as a private one")
     add("--hub_model_id", metavar="ID", help="repository on the hub (default: the name of --output_dir)")
 
 
@@ -313,6 +325,8 @@ def add_run_arguments(parser):
     add("--report_to", choices=TRACKERS, default="tensorboard", metavar="NAME", help=f"one of {', '.join(TRACKERS)}")
     add("--logging_dir", default="logs", metavar="DIR", help="TensorBoard and the ranks' logs, inside --output_dir")
     add("--logging_steps", type=int, default=10, metavar="STEPS", help="log metrics every STEPS optimizer steps")
+    add("--local_rank", type=int, default=-1, metavar="N", help="no effect; as the next one, for diffusers' commands")
+    add("--debug_loss", **switch, help="no effect; a step that fails names its samples")
     add("--dry_run", **switch, help="check everything except the UNet's weights, "
         "write OUTPUT_DIR/preview (crops, classes, captions, memory) and exit")
 # fmt: on
@@ -382,6 +396,8 @@ def set_defaults(args):
             setattr(args, name, value)
     if args.use_8bit_adam and args.optimizer == "adamw":
         args.optimizer = "adamw8bit"
+    if args.enable_xformers_memory_efficient_attention and args.attention_backend == "sdpa":
+        args.attention_backend = "xformers"
     if args.trigger_word is not None:  # the separator behind it is added with it
         args.trigger_word = args.trigger_word.strip().removesuffix(args.tag_separator.strip()).strip() or None
 
@@ -390,7 +406,7 @@ def check_ranges(parser, args):
     """Exits with a one-line error if the number given for a flag is out of range."""
     positive = (
         "rank lora_alpha text_encoder_rank text_encoder_alpha resolution train_batch_size gradient_accumulation_steps "
-        "num_train_epochs max_train_steps max_train_samples min_image_size logging_steps "
+        "num_train_epochs max_train_steps lr_num_cycles lr_power max_train_samples min_image_size logging_steps "
         "checkpointing_steps checkpoints_total_limit validation_steps validation_epochs num_validation_images "
         "val_max_batches aesthetic_scale"
     )
@@ -420,8 +436,12 @@ def check_model_flags(parser, args):
     if args.cache_text_embeddings and (args.shuffle_tags or args.tag_dropout):
         flag = "--shuffle_tags" if args.shuffle_tags else "--tag_dropout"
         parser.error(f"--cache_text_embeddings: contradicts {flag}, which changes captions; give one of them")
-    if args.hub_token is not None and args.report_to in ("wandb", "all"):
-        parser.error("--hub_token: W&B would record it with the command line; log in with `hf auth login` instead")
+    if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
+        remedy = "log in with `hf auth login` instead"
+        parser.error(f"--hub_token: --report_to {args.report_to} may record it with the command line; {remedy}")
+    if args.enable_xformers_memory_efficient_attention and args.attention_backend != "xformers":
+        found = f"contradicts --attention_backend {args.attention_backend}"
+        parser.error(f"--enable_xformers_memory_efficient_attention: {found}; give one of them")
 
 
 def check_stage_flags(parser, args):
@@ -469,18 +489,10 @@ def check_data_flags(parser, args):
 
 def check_model_paths(parser, args):
     """Exits with a one-line error if a flag names a model folder or LoRA file that is missing or incomplete."""
-    name = args.pretrained_model_name_or_path
-    snapshot = Path(name).expanduser()
-    if data.looks_like_path(name) and not snapshot.is_dir():
-        parser.error(f"--pretrained_model_name_or_path: no folder {snapshot}; give an SDXL snapshot or a hub id")
-    parts = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
-    missing = [part for part in parts if not (snapshot / part).is_dir()]
-    if snapshot.is_dir() and missing:
-        parser.error(f"--pretrained_model_name_or_path: {snapshot} has no {', '.join(missing)}; give a full snapshot")
-    if args.refiner_unet and data.looks_like_path(args.refiner_unet):
-        unet = Path(args.refiner_unet).expanduser()
-        if not (unet / "config.json").is_file() and not (unet / "unet/config.json").is_file():
-            parser.error(f"--refiner_unet: no UNet in {unet}; expected config.json there or in its unet/")
+    try:
+        sdxl_weights.check_model_flags(args)
+    except InputError as error:
+        parser.error(str(error))
     for name in ("text_encoder_2_lora", "validation_base_lora"):
         path = getattr(args, name)
         if path and not Path(path).is_file():
@@ -546,6 +558,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it asks f
 
 import datasets
 import diffusers
+import huggingface_hub
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -558,8 +571,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import compute_snr
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners import lora
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -604,14 +616,25 @@ def short_reason(error, length=300):
 
 
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
-    """Loads one part, such as the VAE, of the model that `flag` names. Raises InputError if loading fails."""
-    path = getattr(args, flag.removeprefix("--"))
-    if flag != "--refiner_unet":
+    """Loads one part, such as the VAE, of the model that `flag` names. Raises InputError if loading fails.
+
+    --revision is the base model's. A refiner or VAE without files of --variant is loaded from its plain files.
+    """
+    name = getattr(args, flag.removeprefix("--"))
+    path = sdxl_weights.find_snapshot(flag, name, args.cache_dir or args.output_dir, args.single_file_config)
+    variant = options.pop("variant", None)
+    variants = [None] if path != name else [variant]  # what was converted has plain files
+    if flag == "--pretrained_model_name_or_path":
         options["revision"] = args.revision
-    try:
-        return loader(path, subfolder=subfolder, cache_dir=args.cache_dir, **options)
-    except Exception as error:  # libraries raise all kinds of errors for damaged files
-        raise InputError(f"{flag}: cannot load {subfolder or 'the model'} of {path}: {error}") from error
+    elif variant:
+        variants.append(None)
+    for variant in variants:
+        chosen = {"variant": variant} if variant else {}
+        try:
+            return loader(path, subfolder=subfolder, cache_dir=args.cache_dir, **chosen, **options)
+        except Exception as error:  # libraries raise all kinds of errors for damaged files
+            fault = error
+    raise InputError(f"{flag}: cannot load {subfolder or 'the model'} of {name}: {fault}") from fault
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
@@ -638,25 +661,6 @@ def load_unet(args, text_encoders, weight_dtype, weights):
         return UNet2DConditionModel.from_config(config).to(weight_dtype)
 
 
-def merge_text_encoder_2_lora(text_encoder_2, path):
-    """Merges a LoRA file's text_encoder_2 weights into that encoder. Raises InputError if they cannot be loaded."""
-    loader = diffusers.StableDiffusionXLPipeline
-    try:
-        state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
-        with safetensors.safe_open(path, "pt") as file:
-            if "dora_scale" in " ".join(file.keys()):
-                raise ValueError("diffusers cannot read DoRA in kohya's format; give the file in diffusers' format")
-        if not any(key.startswith("text_encoder_2.") for key in state):
-            raise ValueError("it has no text_encoder_2 part; train the base with --train_text_encoder")
-        loader.load_lora_into_text_encoder(state, alphas, text_encoder_2, "text_encoder_2", metadata=metadata)
-    except Exception as error:  # as in load_part
-        raise InputError(f"--text_encoder_2_lora: {path}: {short_reason(error)}") from error
-    for module in text_encoder_2.modules():
-        if isinstance(module, lora.LoraLayer):
-            module.merge()
-    recurse_remove_peft_layers(text_encoder_2)
-
-
 def load_text_encoders(args, weight_dtype):
     """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given."""
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
@@ -670,9 +674,27 @@ def load_text_encoders(args, weight_dtype):
         loader = classes[suffix].from_pretrained
         encoder = load_part(args, loader, f"text_encoder{suffix}", dtype=dtype, variant=args.variant)
         if args.text_encoder_2_lora:
-            merge_text_encoder_2_lora(encoder, args.text_encoder_2_lora)
+            sdxl_weights.merge_text_encoder_2_lora(encoder, args.text_encoder_2_lora)
         text_encoders.append(encoder.to(weight_dtype))
     return tokenizers, text_encoders
+
+
+def load_scheduler_config(args):
+    """Returns the configuration of the base model's scheduler, changed as the flags say.
+
+    Raises InputError if the model would have to predict noise at a timestep that has nothing but noise.
+    """
+    config = load_part(args, DDPMScheduler.load_config, "scheduler")
+    if args.prediction_type:
+        config["prediction_type"] = args.prediction_type
+    if args.rescale_betas_zero_snr is not None:
+        config["rescale_betas_zero_snr"] = args.rescale_betas_zero_snr
+    if config.get("rescale_betas_zero_snr"):
+        config["timestep_spacing"] = "trailing"  # sampling begins at the last timestep (arXiv:2305.08891, sec. 3.3)
+        if config.get("prediction_type", "epsilon") == "epsilon":
+            found = "the last timestep is all noise, so --prediction_type epsilon learns nothing there"
+            raise InputError(f"--rescale_betas_zero_snr: {found}; give --prediction_type v_prediction")
+    return config
 
 
 def load_models(args, weight_dtype, device, unet_weights=True):
@@ -693,9 +715,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
         model.to(device)
     for model in (vae, unet, *text_encoders):
         model.requires_grad_(False).eval()
-    config = load_part(args, DDPMScheduler.load_config, "scheduler")
-    if args.prediction_type:
-        config["prediction_type"] = args.prediction_type
+    config = load_scheduler_config(args)
     noise_scheduler = DDPMScheduler.from_config(config)  # whatever the snapshot samples with, with the same betas
     last = noise_scheduler.config.num_train_timesteps - 1
     low, high = (0, last) if args.stage == "base" else args.refiner_timestep_band
@@ -1533,18 +1553,17 @@ def make_optimizer(args, groups, learning_rate):
 
 
 # Seam: the schedule. Contract: step, counted from 0 → factor on the peak learning rate; without state.
-def make_lr_schedule(name, warmup_steps, max_train_steps):
+def make_lr_schedule(name, warmup_steps, max_train_steps, num_cycles=1, power=1.0):
     """Returns a function that maps a step to a factor. The peak learning rate is multiplied by this factor."""
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
-    return diffusers.optimization.get_scheduler(name, placeholder, **steps).lr_lambdas[0]
+    options = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
+    options |= {"num_cycles": num_cycles, "power": power}
+    return diffusers.optimization.get_scheduler(name, placeholder, **options).lr_lambdas[0]
 
 
 # -----------------------------------------------------------------------------
 # 7 Checkpoints
 # -----------------------------------------------------------------------------
-
-KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 # Flags that change what is learned: they must match when a run is resumed. All others may differ and are then logged.
 # Data, base model and global batch are compared by content, so the flags that name them are not listed here.
@@ -1553,9 +1572,9 @@ MATHEMATICS = """
     use_dora use_rslora train_text_encoder text_encoder_rank text_encoder_alpha vae_precision max_train_samples
     resolution crop random_flip image_interpolation_mode class_key class_choice class_mix class_mix_schedule
     val_fraction min_image_size trigger_word shuffle_tags tag_dropout keep_tags tag_separator caption_dropout_rate
-    dropped_caption long_captions snr_gamma prediction_type base_precision noise_offset optimizer learning_rate
-    text_encoder_lr_scale scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay
-    adam_epsilon max_grad_norm
+    dropped_caption long_captions snr_gamma prediction_type rescale_betas_zero_snr base_precision noise_offset
+    optimizer learning_rate text_encoder_lr_scale scale_lr lr_scheduler lr_num_cycles lr_power lr_warmup_steps
+    adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 
 
@@ -1628,88 +1647,17 @@ def check_resume(saved, current, allow_batch_change=False):
         raise InputError(f"--resume_from_checkpoint: not the same run: {'; '.join(different)}; {remedy}")
 
 
-def adapter_state_dict(trained):
-    """Returns fp32 copies of the adapter tensors with diffusers' keys. Keys of text encoders contain `text_model.`."""
-    state = {}
-    for name, model in trained.items():
-        for key, tensor in get_peft_model_state_dict(model).items():
-            if name != "unet":
-                key = "text_model." + key.removeprefix("text_model.")
-                # transformers reads DoRA's magnitudes under this name
-                key = key.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")
-            state[f"{name}.{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    return state
-
-
-def load_adapter_state_dict(trained, state):
-    """Loads tensors from adapter_state_dict into the models. Raises ValueError if a key is missing or unknown."""
-    for name, model in trained.items():
-        own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
-        own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
-        if not hasattr(model, "text_model"):  # flattened in newer transformers
-            own = {k.removeprefix("text_model."): v for k, v in own.items()}
-        expected = set(get_peft_model_state_dict(model))
-        if set(own) != expected:
-            raise ValueError(f"{name}: adapter tensors differ, e.g. {sorted(set(own) ^ expected)[:2]}")
-        set_peft_model_state_dict(model, own)
-
-
-def adapter_metadata(trained):
-    """Returns the adapters' settings, such as rank and alpha, as diffusers expects them in a LoRA file's header."""
-    fields = "r lora_alpha lora_dropout target_modules use_dora use_rslora layers_to_transform".split()
-    metadata = {}
-    for name, model in trained.items():
-        for key in fields:
-            value = getattr(model.peft_config["default"], key)
-            if value is not None:
-                metadata[f"{name}.{key}"] = sorted(value) if isinstance(value, (set, list)) else value
-    return metadata
-
-
-def kohya_state_dict(trained, adapters):
-    """Returns the tensors of adapter_state_dict under kohya's key names, which ComfyUI and A1111 read.
-
-    Adds an alpha for each layer. These programs scale by alpha / rank, but rsLoRA scales by alpha / sqrt(rank). For
-    rsLoRA, alpha * sqrt(rank) is stored instead.
-    """
-    renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-    renamed["lora_magnitude_vector"] = "dora_scale"
-    state = {}
-    for key, tensor in adapters.items():
-        name, _, rest = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".")
-        suffix = next(s for s in renamed if rest.endswith(s))
-        layer = f"{KOHYA_PREFIXES[name]}_{rest.removesuffix('.' + suffix).replace('.', '_')}"
-        config = trained[name].peft_config["default"]
-        alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
-        state[f"{layer}.{renamed[suffix]}"] = tensor[:, None] if suffix == "lora_magnitude_vector" else tensor
-        state[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    return state
-
-
-def lora_files(trained, args):
+def lora_files(run):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
-    adapters = adapter_state_dict(trained)
-    config = trained["unet"].peft_config["default"]
-    kohya = {
-        "modelspec.architecture": f"stable-diffusion-xl-v1-{args.stage}/lora",
-        "ss_base_model_version": f"sdxl_{args.stage}_v1-0",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
-    }
-    peft = {"lora_adapter_metadata": json.dumps(adapter_metadata(trained), sort_keys=True)}
-    for metadata in (kohya, peft) if args.trigger_word else ():
-        metadata["modelspec.trigger_phrase"] = args.trigger_word
-    return {
-        LORA_FILE: partial(data.write_safetensors, tensors=adapters, metadata=peft),
-        KOHYA_FILE: partial(data.write_safetensors, tensors=kohya_state_dict(trained, adapters), metadata=kohya),
-    }
+    config = run.unwrapped.noise_scheduler.config
+    schedule = (config.prediction_type, config.rescale_betas_zero_snr)
+    return sdxl_weights.lora_files(run.trained, run.args.stage, run.args.trigger_word, *schedule)
 
 
-def save_lora(trained, folder, args):
+def save_lora(run, folder):
     """Writes both LoRA files into `folder`, which is created if necessary. Raises OSError if the disk is full."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, write in lora_files(trained, args).items():
+    for name, write in lora_files(run).items():
         write(Path(folder) / name)
 
 
@@ -1719,7 +1667,7 @@ def checkpoint_files(run):
     Training can continue while these functions run; Accelerate's save_state would stop it. Only the main process
     writes, because all ranks have the same weights, and random draws depend only on the seed and the step.
     """
-    files = lora_files(run.trained, run.args)
+    files = lora_files(run)
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
             state = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), part.state_dict())
@@ -1731,7 +1679,7 @@ def checkpoint_files(run):
 
 def load_checkpoint(run, folder):
     """Restores adapters, optimizer and gradient scaler from a checkpoint."""
-    load_adapter_state_dict(run.trained, safetensors.torch.load_file(folder / LORA_FILE))
+    sdxl_weights.load_adapter_state_dict(run.trained, safetensors.torch.load_file(folder / LORA_FILE))
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
             part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
@@ -1801,7 +1749,7 @@ def report_unsaved(run):
     message = f"--output_dir: {args.output_dir} is full: checkpoint-{step} was not written, earlier ones are intact; "
     if run.accelerator.is_main_process:
         folder = f"{tempfile.gettempdir()}/lora-step-{step}-{run.progress.run_id}"
-        fault = try_write(lambda: save_lora(run.trained, folder, args))
+        fault = try_write(lambda: save_lora(run, folder))
         message += f"{folder} could not hold the LoRA either ({fault}); " if fault else f"the LoRA is in {folder}; "
     raise TrainingError(broadcast_object_list([message])[0] + "free some space and resume")
 
@@ -1867,7 +1815,7 @@ def find_checkpoint(args):
         unknown = sorted(saved.keys() ^ stored_names.keys())
         if unknown:
             found = f"{folder} was written by another version of the trainer (progress.json: {', '.join(unknown)})"
-            remedy = "resume with the train_sdxl_lora.py and sdxl_data.py in the run's folder"
+            remedy = "resume with the scripts in the run's folder"
             raise InputError(f"--resume_from_checkpoint: {found}; {remedy}")
         return folder, Progress(**{stored_names[name]: value for name, value in saved.items()})
     if folders:
@@ -1919,7 +1867,7 @@ def lock_output_dir(output_dir):
 
 
 def save_run(args, progress, index):
-    """Writes config.yaml (for --config) and run.json, and copies this script and sdxl_data.py to output_dir."""
+    """Writes config.yaml (for --config) and run.json, and copies the scripts to output_dir."""
     output_dir = Path(args.output_dir)
     leave_out = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
     flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out} | {"seed": progress.seed}
@@ -1935,7 +1883,7 @@ def save_run(args, progress, index):
         "run_id": progress.run_id,
     }
     write_file(output_dir / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
-    for script in (__file__, data.__file__):
+    for script in (__file__, data.__file__, sdxl_weights.__file__):
         shutil.copy(script, output_dir)
 
 
@@ -1952,6 +1900,7 @@ def save_model_card(args, metrics, index):
         parts = ", text_encoder_2=base.text_encoder_2)  # of the base pipeline with its LoRA"
     on_hub = "" if Path(base_model).expanduser().exists() else f"base_model: {base_model}\n"  # the hub refuses a path
     trigger = f"instance_prompt: {json.dumps(args.trigger_word)}\n" if args.trigger_word else ""
+    loader = "from_single_file" if Path(base_model).expanduser().is_file() else "from_pretrained"
     prompt = f"Prompts that use it begin with `{args.trigger_word}`.\n\n" if args.trigger_word else ""
     card = f"""---
 {on_hub}{trigger}library_name: diffusers
@@ -1962,11 +1911,11 @@ tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 {picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.
 
 {prompt}```python
-pipeline = {pipeline}.from_pretrained("{base_model}"{parts or ")"}
+pipeline = {pipeline}.{loader}("{base_model}"{parts or ")"}
 pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 ```
 
-`{KOHYA_FILE}` holds the same adapters for ComfyUI and A1111. Training flags:
+`{sdxl_weights.KOHYA_FILE}` holds the same adapters for ComfyUI and A1111. Training flags:
 
 ```yaml
 {flags}
@@ -1975,15 +1924,24 @@ pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
     write_file(Path(args.output_dir) / "README.md", card.encode())
 
 
-def push_to_hub(args):
-    """Uploads the LoRA files, the model card, the samples and config.yaml to --hub_model_id."""
-    from huggingface_hub import HfApi
+def hub_repo(args):
+    """Creates the hub repository of --push_to_hub if it does not exist. Returns the API and the repository's id."""
+    api = huggingface_hub.HfApi(token=args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    options = {"private": True} if args.hub_private_repo else {}
+    return api, api.create_repo(name, exist_ok=True, **options).repo_id
 
-    api = HfApi(token=args.hub_token)
-    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=args.output_dir,
-        allow_patterns=["*.safetensors", "README.md", "config.yaml", "samples/*"],
-        ignore_patterns=["checkpoint-*/*", ".checkpoint-*/*"])  # fmt: skip
+
+def push_to_hub(args):
+    """Uploads the LoRA files, the model card, the samples and config.yaml, and nothing else."""
+    api, repo_id = hub_repo(args)
+    files = [LORA_FILE, sdxl_weights.KOHYA_FILE, "README.md", "config.yaml"]
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=[*files, "samples/step-*.png"],  # no other *, which would match / too: caches are in there
+        ignore_patterns=["samples/*/*", "checkpoint-*/*", ".checkpoint-*/*"],
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -2088,6 +2046,11 @@ def make_pipeline(models):
     return pipeline
 
 
+def guidance_rescale(scheduler):
+    """Returns the pipelines' guidance_rescale: 0, or GUIDANCE_RESCALE if the scheduler has zero terminal SNR."""
+    return GUIDANCE_RESCALE if scheduler.config.get("rescale_betas_zero_snr") else 0.0
+
+
 def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_INFERENCE_STEPS, switch_at=0.8):
     """Returns a sample image (H, W, 3), float in [0, 1], made with diffusers' own pipelines.
 
@@ -2098,6 +2061,7 @@ def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_
     device = models.unet.device
     generator = torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": num_inference_steps, "output_type": "latent", "generator": generator}
+    options["guidance_rescale"] = guidance_rescale(models.sampling_scheduler)
     encoders = models.text_encoders
     with evaluating(models), stock_forward(models.unet, *encoders), on_device(device, models.vae, *encoders):
         if models.stage == "base":
@@ -2354,11 +2318,15 @@ def log_metrics(run, bar, grad_norm):
         **{f"skipped/{reason}": count for reason, count in progress.skipped.items()},
         "nonfinite_steps": progress.nonfinite_steps,
     }
+    shown_lr = row["lr"]
+    if "d" in run.optimizer.param_groups[0]:  # Prodigy's estimate of the best learning rate, which scales lr
+        row["d"] = float(run.optimizer.param_groups[0]["d"])
+        row["effective_lr"] = shown_lr = row["d"] * row["lr"]
     images = (step - last_step) * run.batches.plan.global_batch
     row["images_per_second"] = images / max(run.last_log[1] - last_time, 1e-9)
     progress.loss_sum, progress.loss_count = 0.0, 0
     speed = f"{row['images_per_second']:.1f}"
-    bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", lr=f"{row['lr']:.2e}", img_s=speed)
+    bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", lr=f"{shown_lr:.2e}", img_s=speed)
     log_row(run.accelerator, row, step)
     return row
 
@@ -2856,6 +2824,73 @@ def readable_errors(args):
         raise TrainingError(f"another process of this run has ended; its {logs} says why; {resume}") from error
 
 
+def check_hub_model(args, flag):
+    """Raises InputError if `flag` names a model on the hub that can be neither downloaded nor found in the cache."""
+    name = getattr(args, flag.removeprefix("--"))
+    if not name or Path(name).expanduser().exists():
+        return
+    revision = args.revision if flag == sdxl_weights.BASE_FLAG else None
+    files = ("model_index.json", "config.json", "unet/config.json")
+    options = {"cache_dir": args.cache_dir, "revision": revision}
+    is_cached = any(isinstance(huggingface_hub.try_to_load_from_cache(name, f, **options), str) for f in files)
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    if offline and not is_cached:
+        raise InputError(
+            f"{flag}: {name} is not on this machine and HF_HUB_OFFLINE is set; give a folder or go online"
+        )
+    if offline:
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
+    except Exception as error:  # of the network, or the hub's refusal
+        remedy = "set HF_HUB_OFFLINE=1 to use the copy in the cache" if is_cached else "give a folder or another id"
+        raise InputError(f"{flag}: cannot get {name} from the hub: {short_reason(error)}; {remedy}") from error
+
+
+def check_wandb_login():
+    """Raises InputError if W&B is to send the run to its server and does not know who sends it."""
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+        return
+    remedy = "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+    try:
+        logged_in = wandb.login(prompt=False)
+    except Exception as error:  # the key is wrong, or the server cannot be reached
+        raise InputError(f"--report_to: W&B says: {short_reason(error)}; {remedy}") from error
+    if not logged_in:
+        raise InputError(f"--report_to: W&B has no login on this machine; {remedy}")
+
+
+def check_services(args, trackers):
+    """Raises InputError if a model, W&B or the hub would refuse this run later."""
+    for flag in sdxl_weights.NEEDED_PARTS:
+        check_hub_model(args, flag)
+    if args.dry_run:
+        return
+    if "wandb" in trackers:
+        check_wandb_login()
+    if args.push_to_hub:
+        try:
+            hub_repo(args)
+        except Exception as error:  # as above
+            remedy = "log in with `hf auth login`, or leave it out"
+            raise InputError(f"--push_to_hub: the hub says: {short_reason(error)}; {remedy}") from error
+
+
+def warn_of_flags_without_effect(args):
+    """Logs a line for each flag that was given and changes nothing."""
+    given = {
+        "local_rank": args.local_rank != -1,
+        "enable_npu_flash_attention": args.enable_npu_flash_attention,
+        "debug_loss": args.debug_loss,
+        "lr_num_cycles": args.lr_num_cycles != 1 and args.lr_scheduler != "cosine_with_restarts",
+        "lr_power": args.lr_power != 1 and args.lr_scheduler != "polynomial",
+    }
+    for name in filter(given.get, given):
+        logger.warning("--%s: has no effect here; see --help", name)
+
+
 def prepare_output_dir(accelerator, args):
     """Creates output_dir and starts this rank's log file in it. Raises InputError if the folder is not writable."""
     log = Path(args.output_dir) / args.logging_dir / f"rank-{accelerator.process_index}.log"
@@ -2944,6 +2979,7 @@ def make_run(args, accelerator, progress):
         dataset, val_dataset = cache_encodings(accelerator, args, unwrapped, [dataset, val_dataset])
     models, trained, optimizer = prepare_for_training(args, accelerator, unwrapped, progress)
     batches, steps_per_epoch = make_batches(args, accelerator, progress, index, mix)
+    shape = (args.lr_num_cycles, args.lr_power)
     warmup_steps = round(0.03 * batches.last_step) if args.lr_warmup_steps is None else args.lr_warmup_steps
     return Run(
         args=args,
@@ -2952,7 +2988,7 @@ def make_run(args, accelerator, progress):
         unwrapped=unwrapped,
         trained=trained,
         optimizer=optimizer,
-        lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, batches.last_step),
+        lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, batches.last_step, *shape),
         batches=batches,
         loader=data.make_loader(dataset, batches, args.dataloader_num_workers, accelerator.device.type == "cuda"),
         val_dataset=val_dataset,
@@ -3002,7 +3038,7 @@ def finish(run, metrics):
     args = run.args
     index = run.batches.plan.index
     if run.accelerator.is_main_process:
-        fault = try_write(lambda: save_lora(run.trained, args.output_dir, args))
+        fault = try_write(lambda: save_lora(run, args.output_dir))
         if fault is None:
             fault = try_write(lambda: save_model_card(args, metrics, index))
         if fault:
@@ -3031,6 +3067,8 @@ def main(argv=None):
     with stop_signals(), readable_errors(args):
         accelerator = make_accelerator(args)
         prepare_output_dir(accelerator, args)
+        warn_of_flags_without_effect(args)
+        run_on_main(accelerator, lambda: check_services(args, list(map(str, accelerator.log_with))))
         checkpoint, progress = run_on_main(accelerator, lambda: claim_output_dir(args))
         try:
             if args.dry_run:

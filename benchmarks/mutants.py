@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 400  # s; an edit that makes the tests hang is noticed too
 TRAINER = "train_sdxl_lora.py"
 DATA = "sdxl_data.py"
+WEIGHTS = "sdxl_weights.py"
 EVALUATE = "evaluate.py"
 SWEEP = "hpo_sweep.py"
 
@@ -65,7 +66,7 @@ MUTANTS = [
     Mutant("another VAE is the same base model", TRAINER, "resume",
         "fingerprint_parts(models.unet, models.vae, *models.text_encoders)",
         "fingerprint_parts(models.unet, *models.text_encoders)"),
-    Mutant("LoRA of text_encoder_2 not merged", TRAINER, "refiner",
+    Mutant("LoRA of text_encoder_2 not merged", WEIGHTS, "refiner",
         "            module.merge()\n", "            pass\n"),
     Mutant("every layer name accepted", TRAINER, "models",
         '        if not any(name == target or name.endswith("." + target) for name in names):', "        if False:"),
@@ -119,12 +120,12 @@ MUTANTS = [
         "    if found == text:", "    if True:"),
     Mutant("rows of the future stay", TRAINER, "checkpoints signals",
         "        if step < progress.step or (step == progress.step and not is_repeated):", "        if True:"),
-    Mutant("alpha of rsLoRA as if it were LoRA", TRAINER, "checkpoints",
+    Mutant("alpha of rsLoRA as if it were LoRA", WEIGHTS, "checkpoints",
         "(math.sqrt(config.r) if config.use_rslora else 1.0)", "1.0"),
     Mutant("one checkpoint too many", TRAINER, "checkpoints",
         "[: -keep if keep else 0]", "[: -keep - 1 if keep else 0]"),
     Mutant("noise offset may differ on resume", TRAINER, "resume",
-        "base_precision noise_offset optimizer", "base_precision optimizer"),
+        "base_precision noise_offset\n    optimizer", "base_precision\n    optimizer"),
     Mutant("another global batch is accepted", TRAINER, "resume",
         'args.gradient_accumulation_steps * accelerator.num_processes\n    signature["dataset"]',
         'args.gradient_accumulation_steps\n    signature["dataset"]'),
@@ -280,8 +281,8 @@ MUTANTS = [
     Mutant("all prompts share one noise", EVALUATE, "evaluate pictures",
         "sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)", "sdxl_data.torch_seed(0, seed)"),
     Mutant("pictures of another LoRA are taken over", EVALUATE, "evaluate pictures",
-        "short_hash(*values, hash_file(model.lora), hash_file(model.refiner_lora))",
-        "short_hash(*values, hash_file(model.refiner_lora))"),
+        "short_hash(*values, *newer, hash_file(model.lora), hash_file(model.refiner_lora))",
+        "short_hash(*values, *newer, hash_file(model.refiner_lora))"),
     Mutant("--lora_scale is 1", EVALUATE, "evaluate pictures",
         "scaled.set_adapters([name], [self.args.lora_scale])", "scaled.set_adapters([name], [1.0])"),
     Mutant("aesthetic counts tenfold", EVALUATE, "evaluate pictures",
@@ -313,6 +314,37 @@ MUTANTS = [
         "        return all(flags.get(name) == value for name, value in self.when)", "        return True"),
     Mutant("a study goes on with other flags", SWEEP, "sweep study",
         "        if value != stored[name]:", "        if False:"),
+    # a base model in one file; what a run needs, asked first
+    Mutant("the marker of v-prediction is not read", WEIGHTS, "checkpoint_files",
+        'if "v_pred" in tensors:', 'if "v_prediction" in tensors:'),
+    Mutant("the marker of zero SNR is not read", WEIGHTS, "checkpoint_files",
+        'if "ztsnr" in tensors:', 'if "zero_snr" in tensors:'),
+    Mutant("converted again for each process", WEIGHTS, "checkpoint_files",
+        "        if folder.exists():\n            return\n", "        shutil.rmtree(folder, ignore_errors=True)\n"),
+    Mutant("a killed conversion stands in the way", WEIGHTS, "checkpoint_files",
+        "        shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed\n", ""),
+    Mutant("the date of a file does not matter", WEIGHTS, "checkpoint_files",
+        "state.st_size, state.st_mtime_ns, read_header", "state.st_size, read_header"),
+    Mutant("the second tokenizer pads like the first", WEIGHTS, "checkpoint_files",
+        '"tokenizer_2": "!"}', '"tokenizer_2": "<|endoftext|>"}'),
+    Mutant("all parts in the precision of a small tensor", WEIGHTS, "checkpoint_files",
+        "return max(named or", "return min(named or"),
+    Mutant("pickles are opened", WEIGHTS, "checkpoint_files",
+        "    if path.suffix.lower() in PICKLES:\n", "    if False:\n"),
+    Mutant("8-bit files are accepted", WEIGHTS, "checkpoint_files",
+        'dtype.startswith(("F8", "F4"))', 'dtype.startswith(("F2", "F4"))'),
+    Mutant("noise prediction with zero SNR", TRAINER, "checkpoint_files",
+        'if config.get("prediction_type", "epsilon") == "epsilon":', "if False:"),
+    Mutant("zero SNR sampled with leading timesteps", TRAINER, "checkpoint_files",
+        '        config["timestep_spacing"] = "trailing"', '        config["timestep_spacing"] = "leading"'),
+    Mutant("samples without guidance rescale", TRAINER, "checkpoint_files pictures",
+        "return GUIDANCE_RESCALE if", "return 0.0 if"),
+    Mutant("the encoded training set is uploaded", TRAINER, "services",
+        "files = [LORA_FILE, sdxl_weights.KOHYA_FILE,", 'files = ["*.safetensors",'),
+    Mutant("a refusing hub is heard at the end", TRAINER, "services",
+        "        run_on_main(accelerator, lambda: check_services(", "        (lambda: check_services("),
+    Mutant("restarts are not counted", TRAINER, "optimizer",
+        '"num_cycles": num_cycles', '"num_cycles": 1'),
 ]
 # fmt: on
 

@@ -32,7 +32,16 @@ TAIL_BYTES = 65536  # of the output, which are searched for the reason of a fail
 RESULTS = {
     "train": (
         ["*.safetensors", "README.md", "config.yaml", "samples"],
-        ["metrics.jsonl", "run.json", "skipped.jsonl", "samples", "logs", "train_sdxl_lora.py", "sdxl_data.py"],
+        [
+            "metrics.jsonl",
+            "run.json",
+            "skipped.jsonl",
+            "samples",
+            "logs",
+            "train_sdxl_lora.py",
+            "sdxl_data.py",
+            "sdxl_weights.py",
+        ],
     ),
     "hpo": (["best_params.yaml"], ["best_params.yaml", "trials.csv", "report.html", "trial-*/trial.yaml"]),
     "evaluate": ([], ["metrics.json", "per_image.csv", "grid.png", "report.html"]),

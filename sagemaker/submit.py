@@ -27,7 +27,14 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train": "train_sdxl_lora.py", "hpo": "hpo_sweep.py", "evaluate": "evaluate.py"}
-SENT = (*SCRIPTS.values(), "sdxl_data.py", "requirements.txt", "accelerate_configs", "sagemaker/entry.py")
+SENT = (
+    *SCRIPTS.values(),
+    "sdxl_data.py",
+    "sdxl_weights.py",
+    "requirements.txt",
+    "accelerate_configs",
+    "sagemaker/entry.py",
+)
 SET_BY_ENTRY = ("--output_dir", "--resume_from_checkpoint", "--overwrite_output_dir")  # flags that entry.py sets
 SECRET_NAME = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 SECRET_FILE = re.compile(r"^\.env|netrc|credential|secret|\.pem$|\.key$|^id_[a-z0-9]+$", re.IGNORECASE)

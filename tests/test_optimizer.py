@@ -96,6 +96,13 @@ def test_without_warm_up_the_first_step_has_the_full_rate(name):
     assert make_lr_schedule(name, 0, STEPS)(0) == 1
 
 
+def test_cycles_and_power_shape_their_schedules():
+    two = make_lr_schedule("cosine_with_restarts", 0, 100, num_cycles=2)
+    assert [two(0), two(25), two(49), two(50)] == pytest.approx([1, 0.5, 0, 1], abs=1e-2)
+    square = make_lr_schedule("polynomial", 0, 100, power=2.0)
+    assert [square(0), square(50)] == pytest.approx([1, 0.25], abs=1e-4)
+
+
 def test_the_factor_multiplies_the_peak_of_each_group():
     trained = {"unet": torch.nn.Linear(2, 2), "text_encoder": torch.nn.Linear(2, 2)}
     groups = make_parameter_groups(trained, 1e-3, 0.3)

@@ -10,6 +10,7 @@ from harness import ROOT, SDXL
 from PIL import Image
 
 import evaluate
+import sdxl_weights
 import train_sdxl_lora as trainer
 
 CLIP = f"local-dir:{ROOT / 'demo/clip'}"
@@ -109,7 +110,9 @@ def test_the_refiner_takes_over_where_denoising_start_says(parse):
 
 def test_a_lora_has_the_strength_of_lora_scale(parse, flags, tmp_path):
     args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path]])
-    trainer.save_lora(trainer.add_adapters(args, trainer.load_models(args, torch.float32, CPU), 0), tmp_path, args)
+    adapters = trainer.add_adapters(args, trainer.load_models(args, torch.float32, CPU), 0)
+    for name, write in sdxl_weights.lora_files(adapters, "base", None, "epsilon", False).items():
+        write(tmp_path / name)
     scales = {}
     for strength in (1.0, 0.25):
         generator = evaluate.ImageGenerator(parse("--lora_scale", strength), CPU)

@@ -55,12 +55,12 @@ LEARNED = """
     --rank 3; --lora_alpha 3; --lora_dropout 0.1; --lora_target_modules to_q; --use_dora; --use_rslora;
     --train_text_encoder; --text_encoder_rank 3; --text_encoder_alpha 3; --vae_precision bf16; --base_precision int8;
     --max_train_samples 9; --resolution 128; --crop center; --random_flip; --image_interpolation_mode box;
-    --class_key tags; --class_choice first; --class_mix 0 1 5; --class_mix_schedule cosine;
-    --aesthetic_key score; --aesthetic_scale 5; --caption_dropout_rate 0.5; --dropped_caption empty;
-    --long_captions chunk; --snr_gamma 1; --prediction_type v_prediction; --noise_offset 0.1;
-    --refiner_timestep_band 0 100; --optimizer prodigy; --learning_rate 1e-4; --text_encoder_lr_scale 0.5; --scale_lr;
-    --lr_scheduler constant; --lr_warmup_steps 2; --adam_beta1 0.5; --adam_beta2 0.5; --adam_weight_decay 0.5;
-    --adam_epsilon 1e-4; --max_grad_norm 2; --mixed_precision bf16
+    --class_key tags; --class_choice first; --class_mix 0 1 5; --class_mix_schedule cosine; --aesthetic_key score;
+    --aesthetic_scale 5; --caption_dropout_rate 0.5; --dropped_caption empty; --long_captions chunk; --snr_gamma 1;
+    --prediction_type v_prediction; --noise_offset 0.1; --refiner_timestep_band 0 100; --optimizer prodigy;
+    --learning_rate 1e-4; --text_encoder_lr_scale 0.5; --scale_lr; --rescale_betas_zero_snr; --lr_num_cycles 2;
+    --lr_power 2; --lr_scheduler constant; --lr_warmup_steps 2; --adam_beta1 0.5; --adam_beta2 0.5;
+    --adam_weight_decay 0.5; --adam_epsilon 1e-4; --max_grad_norm 2; --mixed_precision bf16
 """
 FREE = "--logging_steps 3; --checkpointing_steps 9; --dataloader_num_workers 2; --max_train_steps 99; --compile"
 
