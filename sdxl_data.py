@@ -113,6 +113,8 @@ class Parser(configargparse.ArgParser):
 
     def parse_known_args(self, args=None, *rest, **options):
         self.words = sys.argv[1:] if args is None else list(args)
+        # paths in --flag=~/x and in YAML files, which no shell expands
+        self.register("type", None, lambda text: os.path.expanduser(text) if text.startswith("~/") else text)
         return super().parse_known_args(args, *rest, **options)
 
     def error(self, message):
@@ -137,11 +139,9 @@ class Parser(configargparse.ArgParser):
 
 def make_base_parser(usage, description):
     """Returns a parser for a script to add its flags to. It reads YAML files and takes no abbreviated flags."""
-    return Parser(
-        usage=usage, description=description, config_file_parser_class=configargparse.YAMLConfigFileParser,
+    return Parser(usage=usage, description=description, config_file_parser_class=configargparse.YAMLConfigFileParser,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=118),
-        allow_abbrev=False, add_config_file_help=False, add_env_var_help=False,
-    )  # fmt: skip
+        allow_abbrev=False, add_config_file_help=False, add_env_var_help=False)  # fmt: skip
 
 
 # Each use of random numbers has its own number. A draw is a hash of (use, seed, what it is drawn for), so none depends

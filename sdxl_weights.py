@@ -129,7 +129,6 @@ REFINER_UNET = {
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
     "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -292,9 +291,9 @@ def write_configs(folder, tensors, config_folder):
         write_sdxl_configs(folder)
     else:
         copy_configs(config_folder, folder)
-    write_json(folder / "model_index.json", MODEL_INDEX)
     path = folder / "scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
+    write_json(folder / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", config["_class_name"]]})
     if "v_pred" in tensors:
         config["prediction_type"] = "v_prediction"
     if "ztsnr" in tensors:

@@ -374,6 +374,16 @@ def test_a_species_csv_may_begin_with_a_byte_order_mark(tmp_path):
     assert read_class_csv(path) == {"mew": 3}
 
 
+def test_a_path_below_the_home_folder_is_found_also_where_no_shell_expands_it(parse, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    home = str(folder)
+    words = "--cache_dir=~/c --output_dir=~/run --train_shards ~/a.tar"
+    args = parse(words + " " + config(folder, "logging_dir: ~/logs\n"))
+    found = [args.cache_dir, args.output_dir, args.train_shards, args.logging_dir]
+    assert found == [home + "/c", home + "/run", [home + "/a.tar"], home + "/logs"]
+    assert parse("--tag_separator ~").tag_separator == "~"
+
+
 def test_prompts_come_from_the_flag_then_from_the_file(parse, folder):
     (folder / "p.txt").write_text(" a mew \n\na pichu\n")
     (folder / "p.jsonl").write_text(json.dumps({"prompt": "a mew", "seed": 1}) + "\n\n")

@@ -62,6 +62,16 @@ def test_every_tensor_of_a_base_model_returns_in_its_own_precision(checkpoint, t
             assert json.loads(found) == json.loads(file.read_text()) if file.suffix == ".json" else found
 
 
+def test_the_scheduler_of_the_config_folder_is_kept(checkpoint, tmp_path):
+    config = tmp_path / "config"
+    shutil.copytree(SDXL, config, ignore=shutil.ignore_patterns("*.safetensors", "model_index.json"))
+    values = json.loads((config / "scheduler/scheduler_config.json").read_text())
+    (config / "scheduler/scheduler_config.json").write_text(json.dumps(values | {"_class_name": "DDIMScheduler"}))
+    folder = sdxl_weights.find_snapshot(BASE, str(checkpoint), tmp_path, config)
+    pipeline = trainer.diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+
+
 def test_a_vae_and_a_refiner_are_converted_too(tmp_path):
     for prefix in ("", "first_stage_model."):
         file = original.write(tmp_path / f"vae{prefix}.safetensors", original.original_vae(SDXL / "vae", prefix))
