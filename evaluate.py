@@ -206,7 +206,7 @@ def make_parser():
     add("--revision", metavar="REV", help="hub revision of the snapshot")
     add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
     add("--single_file_config", metavar="DIR",
-        help="snapshot whose configurations and tokenizers .safetensors files are read with (default: SDXL's own)")
+        help="snapshot to take configurations and tokenizers from for .safetensors files (default: SDXL's own)")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: the model's own")
     add("--rescale_betas_zero_snr", action=argparse.BooleanOptionalAction, default=None,
         help="noise schedule with zero terminal SNR (default: the model's own)")

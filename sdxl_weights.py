@@ -3,8 +3,8 @@
 The sections; each calls only what is above it:
      1 Checkpoint files   one .safetensors file, as on Civitai, becomes a snapshot in diffusers' layout
      2 LoRA files         in diffusers' format, and in kohya's for ComfyUI and A1111
-train_sdxl_lora.py and evaluate.py import this file; it imports only sdxl_data.py. Functions that need torch, diffusers
-or transformers import them: loading them takes seconds, and flags are checked before that.
+train_sdxl_lora.py and evaluate.py import this file; it imports only sdxl_data.py. torch, diffusers and
+transformers are slow to import, so functions import them, after the flags have been checked.
 """
 
 import gzip
@@ -47,10 +47,10 @@ PREFIXES = {
 FOLDERS = {"UNet": "unet", "VAE": "vae", "first text encoder": "text_encoder", "second text encoder": "text_encoder_2"}
 SNAPSHOT_PARTS = (*FOLDERS.values(), "tokenizer", "tokenizer_2", "scheduler")
 BASE_FLAG = "--pretrained_model_name_or_path"
-# the parts that the file of each flag must have
+# flag → parts that its checkpoint file must contain
 NEEDED_PARTS = {BASE_FLAG: list(PREFIXES), "--pretrained_vae_model_name_or_path": ["VAE"], "--refiner_unet": ["UNet"]}
 
-# The configurations of stabilityai/stable-diffusion-xl-base-1.0, as far as they differ from the classes' defaults.
+# The configurations of stabilityai/stable-diffusion-xl-base-1.0: only the values that differ from the classes' own.
 CLIP_TOKENS = {
     "vocab_size": 49408,
     "bos_token_id": 0,
@@ -149,7 +149,7 @@ def read_header(path):
 
 
 def list_missing_parts(tensors, needed):
-    """Returns the parts of an SDXL checkpoint, out of `needed`, that the file with these tensors does not have."""
+    """Returns those of the `needed` parts that a file with these tensors lacks."""
     missing = [part for part in needed if not any(name.startswith(PREFIXES[part]) for name in tensors)]
     if needed == ["VAE"] and any(name.endswith("encoder.conv_in.weight") for name in tensors):
         return []  # a file of a VAE alone has no prefixes
@@ -175,7 +175,7 @@ def check_checkpoint_file(flag, path):
         command = f"{CONVERT_PICKLE} {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('.safetensors')))}"
         raise InputError(f"is a pickle, which can run any code when it is opened; convert it: {command}")
     if path.suffix.lower() != ".safetensors":
-        raise InputError("is no model; give a .safetensors file, a snapshot folder or a hub id")
+        raise InputError("is not a model file; give a .safetensors file, a snapshot folder or a hub id")
     tensors = read_header(path)
     missing = list_missing_parts(tensors, NEEDED_PARTS[flag])
     if missing:
@@ -183,7 +183,7 @@ def check_checkpoint_file(flag, path):
         raise InputError(f"has no {' and no '.join(missing)}; {found}")
     small = sorted({dtype for dtype, _ in tensors.values() if dtype.startswith(("F8", "F4"))})
     if small:
-        raise InputError(f"holds {', '.join(small)} weights; give the file with 16 or 32 bits")
+        raise InputError(f"holds {', '.join(small)} weights; give the 16- or 32-bit version")
 
 
 def check_config_folder(args, flags):
@@ -207,7 +207,7 @@ def check_base_folder(path):
 
 
 def check_file_or_folder(flag, name):
-    """Raises InputError if `name` is no hub id and not what `flag` names: a file, a snapshot or a model's folder."""
+    """Raises InputError if `name` is neither a hub id nor an existing file or folder that suits `flag`."""
     path = Path(name).expanduser()
     if "://" in name:
         raise InputError(f"{flag}: {name} is a URL; download the file first")
@@ -228,7 +228,7 @@ def check_file_or_folder(flag, name):
 
 
 def check_model_flags(args):
-    """Raises InputError, which names the flag, if one names a model that is missing, incomplete or of another kind.
+    """Raises InputError, naming the flag, if a flag's model is missing, incomplete or of the wrong kind.
 
     Checks folders and files; hub ids are not looked up.
     """
@@ -238,19 +238,19 @@ def check_model_flags(args):
         check_file_or_folder(flag, name)
     files = [flag for flag, name in names.items() if Path(name).expanduser().is_file()]
     if args.single_file_config and not files:
-        raise InputError("--single_file_config: no flag names a .safetensors file of a model; leave it out")
+        raise InputError("--single_file_config: no model flag names a .safetensors file; drop --single_file_config")
     if args.single_file_config:
         check_config_folder(args, files)
 
 
 def make_tokenizer(pad_token):
-    """Returns CLIP's tokenizer, made of the merges that open_clip_torch brings. Raises InputError without it."""
+    """Returns CLIP's tokenizer, built from the merges that open_clip_torch ships. Raises InputError without them."""
     from transformers import CLIPTokenizer
 
     package = importlib.util.find_spec("open_clip")
     path = package and Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     if not path or not path.is_file():
-        raise InputError("open_clip_torch is not installed; it brings CLIP's vocabulary, or give --single_file_config")
+        raise InputError("CLIP's vocabulary is missing; install open_clip_torch or give --single_file_config")
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     # the printable bytes stand for themselves, the others for the characters from 256 on
@@ -285,7 +285,7 @@ def copy_configs(source, folder):
 def write_configs(folder, tensors, config_folder):
     """Writes all of a snapshot but its weights: SDXL's own configurations, or copies from `config_folder`.
 
-    A checkpoint says by empty tensors, v_pred and ztsnr, that it predicts velocity and has zero terminal SNR.
+    An empty `v_pred` tensor in a checkpoint means v-prediction; an empty `ztsnr` tensor, zero terminal SNR.
     """
     if config_folder is None:
         write_sdxl_configs(folder)
@@ -302,7 +302,7 @@ def write_configs(folder, tensors, config_folder):
 
 
 def unet_config(tensors, config):
-    """Returns the configuration of a UNet whose inputs have the sizes that its file's tensors have."""
+    """Returns `config` with the input sizes that the UNet's tensors have, and the refiner's layout if it is one."""
     shapes = {name.removeprefix(PREFIXES["UNet"]): tensor.shape for name, tensor in tensors.items()}
     if "label_emb.0.0.weight" not in shapes:  # diffusers' own names
         return config
@@ -331,7 +331,7 @@ def load_clip(tensors, part, options):
 def read_part(tensors, part, folder):
     """Returns one part of a checkpoint as a model, with the configuration in `folder`.
 
-    Raises ValueError if it lacks tensors.
+    Raises ValueError if the checkpoint lacks some of the part's tensors.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -351,7 +351,7 @@ def save_part(model, part, folder):
     import safetensors.torch
 
     if part in ("UNet", "VAE"):
-        model.save_pretrained(folder, max_shard_size="2GB")  # it copies what it writes at once
+        model.save_pretrained(folder, max_shard_size="2GB")  # it keeps a copy of one shard in memory
     else:  # transformers' save_pretrained() writes nothing on ranks other than 0
         safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
 
@@ -398,7 +398,7 @@ def convert_once(flag, path, folder, config_folder):
         if folder.exists():
             return
         logger.info("%s: converting %s once, to %s", flag, path, folder)
-        shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial_folder, ignore_errors=True)  # left by a killed process
         try:
             convert_checkpoint(flag, path, partial_folder, config_folder)
             for file in filter(Path.is_file, partial_folder.rglob("*")):
@@ -424,7 +424,9 @@ def find_snapshot(flag, name, cache_dir, config_folder=None):
         folder = Path(cache_dir).absolute() / "snapshots" / snapshot_name(flag, path, config_folder)
         convert_once(flag, path, folder, config_folder)
     except Exception as error:  # the libraries raise all kinds of errors for tensors that do not fit
-        remedy = "" if isinstance(error, InputError) else "; --single_file_config gives other sizes than SDXL's"
+        remedy = (
+            "" if isinstance(error, InputError) else "; if its sizes differ from SDXL's, give --single_file_config"
+        )
         raise InputError(f"{flag}: {path}: {' '.join(str(error).split())[:400]}{remedy}") from error
     return str(folder)
 
@@ -503,7 +505,7 @@ def kohya_state_dict(trained, adapters):
 
 
 def describe_objective(prediction_type, zero_snr):
-    """Returns what a LoRA file's header says of a model that does not predict noise."""
+    """Returns the LoRA header entries for v-prediction and zero terminal SNR; empty if neither applies."""
     metadata = {}
     if prediction_type == "v_prediction":
         metadata |= {"modelspec.prediction_type": "v", "ss_v_parameterization": "True"}

@@ -160,7 +160,7 @@ def add_model_arguments(parser):
     add("--revision", metavar="REV", help="hub revision of the snapshot")
     add("--variant", metavar="NAME", help="weight file variant of the snapshot, e.g. fp16")
     add("--single_file_config", metavar="DIR",
-        help="snapshot whose configurations and tokenizers .safetensors files are read with (default: SDXL's own)")
+        help="snapshot to take configurations and tokenizers from for .safetensors files (default: SDXL's own)")
     add("--stage", choices=["base", "refiner"], default="base", help="which UNet is trained")
     add("--refiner_unet", metavar="PATH|ID",
         help="refiner: the UNet to train: its folder, a snapshot with unet/, a hub id or a .safetensors file")
@@ -269,7 +269,7 @@ def add_optimizer_arguments(parser):
     add("--text_encoder_lr_scale", type=float, default=0.3, metavar="X", help="text encoders: LR times X, not prodigy")
     add("--scale_lr", **switch, help="multiply LR by devices x accumulation x batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine", help="learning-rate schedule")
-    add("--lr_num_cycles", type=int, default=1, metavar="N", help="cosine_with_restarts: number of restarts")
+    add("--lr_num_cycles", type=int, default=1, metavar="N", help="cosine_with_restarts: number of cosine cycles")
     add("--lr_power", type=float, default=1.0, metavar="X", help="polynomial: the power")
     add("--lr_warmup_steps", type=int, metavar="STEPS", help="warm-up steps (default: 3%% of the run)")
     add("--adam_beta1", type=float, default=0.9, metavar="B", help="Adam's first decay rate")
@@ -295,7 +295,7 @@ def add_checkpoint_arguments(parser):
     add("--allow_batch_change", **switch, help="resume with another global batch; the current epoch continues")
     add("--push_to_hub", **switch, help="upload the LoRA and its model card")
     add("--hub_token", metavar="TOKEN", help="hub token; never written anywhere")
-    add("--hub_private_repo", **switch, help="create the repository as a private one")
+    add("--hub_private_repo", **switch, help="create the hub repository as private")
     add("--hub_model_id", metavar="ID", help="repository on the hub (default: the name of --output_dir)")
 
 
@@ -325,8 +325,8 @@ def add_run_arguments(parser):
     add("--report_to", choices=TRACKERS, default="tensorboard", metavar="NAME", help=f"one of {', '.join(TRACKERS)}")
     add("--logging_dir", default="logs", metavar="DIR", help="TensorBoard and the ranks' logs, inside --output_dir")
     add("--logging_steps", type=int, default=10, metavar="STEPS", help="log metrics every STEPS optimizer steps")
-    add("--local_rank", type=int, default=-1, metavar="N", help="no effect; as the next one, for diffusers' commands")
-    add("--debug_loss", **switch, help="no effect; a step that fails names its samples")
+    add("--local_rank", type=int, default=-1, metavar="N", help="no effect; accepted because diffusers' script has it")
+    add("--debug_loss", **switch, help="no effect; a non-finite loss or gradient always names its samples")
     add("--dry_run", **switch, help="check everything except the UNet's weights, "
         "write OUTPUT_DIR/preview (crops, classes, captions, memory) and exit")
 # fmt: on
@@ -618,7 +618,7 @@ def short_reason(error, length=300):
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
     """Loads one part, such as the VAE, of the model that `flag` names. Raises InputError if loading fails.
 
-    --revision is the base model's. A refiner or VAE without files of --variant is loaded from its plain files.
+    --revision applies to the base model only. A refiner or VAE with no --variant files falls back to its plain ones.
     """
     name = getattr(args, flag.removeprefix("--"))
     path = sdxl_weights.find_snapshot(flag, name, args.cache_dir or args.output_dir, args.single_file_config)
@@ -682,7 +682,7 @@ def load_text_encoders(args, weight_dtype):
 def load_scheduler_config(args):
     """Returns the configuration of the base model's scheduler, changed as the flags say.
 
-    Raises InputError if the model would have to predict noise at a timestep that has nothing but noise.
+    Raises InputError if epsilon prediction is combined with zero terminal SNR.
     """
     config = load_part(args, DDPMScheduler.load_config, "scheduler")
     if args.prediction_type:
@@ -2848,7 +2848,7 @@ def check_hub_model(args, flag):
 
 
 def check_wandb_login():
-    """Raises InputError if W&B is to send the run to its server and does not know who sends it."""
+    """Raises InputError if W&B is in online mode and login fails."""
     import wandb
 
     if wandb.setup().settings.mode != "online":
@@ -2863,7 +2863,7 @@ def check_wandb_login():
 
 
 def check_services(args, trackers):
-    """Raises InputError if a model, W&B or the hub would refuse this run later."""
+    """Raises InputError if a model cannot be had, or W&B or the hub rejects the run. Creates the hub repository."""
     for flag in sdxl_weights.NEEDED_PARTS:
         check_hub_model(args, flag)
     if args.dry_run:

@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant("converted again for each process", WEIGHTS, "checkpoint_files",
         "        if folder.exists():\n            return\n", "        shutil.rmtree(folder, ignore_errors=True)\n"),
     Mutant("a killed conversion stands in the way", WEIGHTS, "checkpoint_files",
-        "        shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed\n", ""),
+        "        shutil.rmtree(partial_folder, ignore_errors=True)  # left by a killed process\n", ""),
     Mutant("the date of a file does not matter", WEIGHTS, "checkpoint_files",
         "state.st_size, state.st_mtime_ns, read_header", "state.st_size, read_header"),
     Mutant("the second tokenizer pads like the first", WEIGHTS, "checkpoint_files",

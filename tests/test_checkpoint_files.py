@@ -208,7 +208,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(flags, checkpoint, tmp
     assert "found the parts of Stable Diffusion 1 or 2" in refuse("c.safetensors", sd1)
     assert "--pretrained_vae_model_name_or_path: " in refuse("d.safetensors", lora, VAE)
     small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in whole.items()}
-    assert "holds F8_E4M3 weights; give the file with 16 or 32 bits" in refuse("e.safetensors", small)
+    assert "holds F8_E4M3 weights; give the 16- or 32-bit version" in refuse("e.safetensors", small)
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-100])
     assert "is damaged or incomplete" in refusal(capsys, flags, tmp_path / "run", BASE, tmp_path / "cut.safetensors")
     for suffix in (".ckpt", ".bin", ".pt"):
@@ -220,7 +220,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(flags, checkpoint, tmp
     url = refusal(capsys, flags, tmp_path / "run", BASE, "https://civitai.com/a.safetensors")
     assert "is a URL; download the file first" in url
     config = refusal(capsys, flags, tmp_path / "run", "--single_file_config", SDXL)
-    assert "no flag names a .safetensors file" in config
+    assert "no model flag names a .safetensors file" in config
     config = refusal(capsys, flags, tmp_path / "run", BASE, checkpoint, "--single_file_config", tmp_path)
     assert "has no unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, scheduler" in config
 
@@ -238,7 +238,7 @@ def test_the_command_in_the_refusal_of_a_pickle_converts_it(flags, tmp_path, cap
 
 
 def test_tensors_that_are_missing_or_of_other_sizes_are_an_error_in_one_line(checkpoint, tmp_path):
-    with pytest.raises(sdxl_data.InputError, match="--single_file_config gives other sizes than SDXL's"):
+    with pytest.raises(sdxl_data.InputError, match="if its sizes differ from SDXL's, give --single_file_config"):
         sdxl_weights.find_snapshot(BASE, str(checkpoint), tmp_path)
     tensors = original.original_checkpoint(SDXL)
     del tensors["model.diffusion_model.middle_block.1.norm.weight"]
