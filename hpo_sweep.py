@@ -865,6 +865,7 @@ def score_trial(sweep, folder):
     flags = dict(sweep.evaluation)
     flags["output_dir"] = str(folder / "evaluation")
     flags["images_dir"] = str(sweep.folder / "images")
+    flags.setdefault("cache_dir", str(sweep.folder / "cache"))  # as the trials: a checkpoint file is converted once
     if sweep.trainer_args.stage == "refiner":
         flags["refiner_lora"] = str(folder)
     else:

@@ -148,6 +148,19 @@ def read_header(path):
         raise InputError(f"is damaged or incomplete: {error}; download it again") from error
 
 
+def read_markers(path):
+    """Returns what a checkpoint says of its objective: a set that may hold "v_pred" and "ztsnr".
+
+    They are empty tensors, as ComfyUI and A1111 read them. A header that names v-prediction counts as well.
+    """
+    with safetensors.safe_open(path, "np") as file:
+        markers = {"v_pred", "ztsnr"} & set(file.keys())
+        metadata = file.metadata() or {}
+    if {metadata.get("modelspec.prediction_type"), metadata.get("modelspec.predict_key")} & {"v", "v_prediction"}:
+        markers.add("v_pred")
+    return markers
+
+
 def list_missing_parts(tensors, needed):
     """Returns those of the `needed` parts that a file with these tensors lacks."""
     missing = [part for part in needed if not any(name.startswith(PREFIXES[part]) for name in tensors)]
@@ -177,6 +190,8 @@ def check_checkpoint_file(flag, path):
     if path.suffix.lower() != ".safetensors":
         raise InputError("is not a model file; give a .safetensors file, a snapshot folder or a hub id")
     tensors = read_header(path)
+    if flag == BASE_FLAG and any(name.startswith("edm_") for name in tensors):  # CosXL, Playground 2.5
+        raise InputError("is trained with EDM's noise schedule, which this trainer does not have; give another base")
     missing = list_missing_parts(tensors, NEEDED_PARTS[flag])
     if missing:
         found = "it is a LoRA" if any("lora" in name for name in tensors) else "found " + describe_parts(tensors)
@@ -282,10 +297,10 @@ def copy_configs(source, folder):
         shutil.copytree(source / part, folder / part, ignore=weights)
 
 
-def write_configs(folder, tensors, config_folder):
+def write_configs(folder, markers, config_folder):
     """Writes all of a snapshot but its weights: SDXL's own configurations, or copies from `config_folder`.
 
-    An empty `v_pred` tensor in a checkpoint means v-prediction; an empty `ztsnr` tensor, zero terminal SNR.
+    `markers` comes from read_markers and changes the scheduler's configuration.
     """
     if config_folder is None:
         write_sdxl_configs(folder)
@@ -294,9 +309,9 @@ def write_configs(folder, tensors, config_folder):
     path = folder / "scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
     write_json(folder / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", config["_class_name"]]})
-    if "v_pred" in tensors:
+    if "v_pred" in markers:
         config["prediction_type"] = "v_prediction"
-    if "ztsnr" in tensors:
+    if "ztsnr" in markers:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     write_json(path, config)
 
@@ -369,7 +384,7 @@ def convert_checkpoint(flag, path, folder, config_folder=None):
 
     tensors = safetensors.torch.load_file(path)  # mapped into memory: read when they are used
     if flag == BASE_FLAG:
-        write_configs(folder, tensors, config_folder)
+        write_configs(folder, read_markers(path), config_folder)
     for part in NEEDED_PARTS[flag]:
         target = folder if flag == "--pretrained_vae_model_name_or_path" else folder / FOLDERS[part]
         config = read_config(part, config_folder)
@@ -425,7 +440,9 @@ def find_snapshot(flag, name, cache_dir, config_folder=None):
         convert_once(flag, path, folder, config_folder)
     except Exception as error:  # the libraries raise all kinds of errors for tensors that do not fit
         remedy = (
-            "" if isinstance(error, InputError) else "; if its sizes differ from SDXL's, give --single_file_config"
+            ""
+            if isinstance(error, (InputError, OSError))
+            else "; if its sizes differ from SDXL's, give --single_file_config"
         )
         raise InputError(f"{flag}: {path}: {' '.join(str(error).split())[:400]}{remedy}") from error
     return str(folder)

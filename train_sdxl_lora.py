@@ -1929,7 +1929,10 @@ def hub_repo(args):
     api = huggingface_hub.HfApi(token=args.hub_token)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     options = {"private": True} if args.hub_private_repo else {}
-    return api, api.create_repo(name, exist_ok=True, **options).repo_id
+    repo_id = api.create_repo(name, exist_ok=True, **options).repo_id
+    if args.hub_private_repo and not api.repo_info(repo_id).private:
+        raise InputError(f"--hub_private_repo: {repo_id} exists and is public; give another --hub_model_id")
+    return api, repo_id
 
 
 def push_to_hub(args):
@@ -2830,20 +2833,17 @@ def check_hub_model(args, flag):
     if not name or Path(name).expanduser().exists():
         return
     revision = args.revision if flag == sdxl_weights.BASE_FLAG else None
-    files = ("model_index.json", "config.json", "unet/config.json")
     options = {"cache_dir": args.cache_dir, "revision": revision}
-    is_cached = any(isinstance(huggingface_hub.try_to_load_from_cache(name, f, **options), str) for f in files)
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    if offline and not is_cached:
-        raise InputError(
-            f"{flag}: {name} is not on this machine and HF_HUB_OFFLINE is set; give a folder or go online"
-        )
-    if offline:
-        return
+    is_cached = False
     try:
-        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
-    except Exception as error:  # of the network, or the hub's refusal
-        remedy = "set HF_HUB_OFFLINE=1 to use the copy in the cache" if is_cached else "give a folder or another id"
+        for file in ("model_index.json", "config.json", "unet/config.json"):
+            is_cached |= isinstance(huggingface_hub.try_to_load_from_cache(name, file, **options), str)
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
+        elif not is_cached:
+            raise LookupError("it is not on this machine and HF_HUB_OFFLINE is set")
+    except Exception as error:  # of the network, the hub's refusal, or a name that no model can have
+        remedy = "set HF_HUB_OFFLINE=1 to use the copy on this machine" if is_cached else "give a folder or another id"
         raise InputError(f"{flag}: cannot get {name} from the hub: {short_reason(error)}; {remedy}") from error
 
 

@@ -316,9 +316,9 @@ MUTANTS = [
         "        if value != stored[name]:", "        if False:"),
     # a base model in one file; what a run needs, asked first
     Mutant("the marker of v-prediction is not read", WEIGHTS, "checkpoint_files",
-        'if "v_pred" in tensors:', 'if "v_prediction" in tensors:'),
+        'if "v_pred" in markers:', 'if "v_prediction" in markers:'),
     Mutant("the marker of zero SNR is not read", WEIGHTS, "checkpoint_files",
-        'if "ztsnr" in tensors:', 'if "zero_snr" in tensors:'),
+        'if "ztsnr" in markers:', 'if "zero_snr" in markers:'),
     Mutant("converted again for each process", WEIGHTS, "checkpoint_files",
         "        if folder.exists():\n            return\n", "        shutil.rmtree(folder, ignore_errors=True)\n"),
     Mutant("a killed conversion stands in the way", WEIGHTS, "checkpoint_files",

@@ -148,7 +148,7 @@ def test_another_file_or_configuration_is_another_snapshot(checkpoint, tmp_path)
 
 
 def test_without_a_config_folder_a_file_has_sdxls_own_configurations(tmp_path):
-    sdxl_weights.write_configs(tmp_path, {}, None)
+    sdxl_weights.write_configs(tmp_path, set(), None)
     tokenizers = [trainer.CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2")]
     for tokenizer in tokenizers:
         assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -209,6 +209,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(flags, checkpoint, tmp
     assert "--pretrained_vae_model_name_or_path: " in refuse("d.safetensors", lora, VAE)
     small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in whole.items()}
     assert "holds F8_E4M3 weights; give the 16- or 32-bit version" in refuse("e.safetensors", small)
+    assert "EDM's noise schedule" in refuse("f.safetensors", whole | {"edm_vpred.sigma_max": torch.zeros(1)})
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-100])
     assert "is damaged or incomplete" in refusal(capsys, flags, tmp_path / "run", BASE, tmp_path / "cut.safetensors")
     for suffix in (".ckpt", ".bin", ".pt"):
@@ -245,6 +246,13 @@ def test_tensors_that_are_missing_or_of_other_sizes_are_an_error_in_one_line(che
     file = original.write(tmp_path / "x.safetensors", tensors)
     with pytest.raises(sdxl_data.InputError, match="tensors of its UNet are missing"):
         sdxl_weights.find_snapshot(BASE, str(file), tmp_path, SDXL)
+
+
+@pytest.mark.parametrize("field, value", [("modelspec.prediction_type", "v"), ("modelspec.predict_key", "v")])
+def test_a_header_that_names_v_prediction_counts_too(tmp_path, field, value):
+    for metadata, expected in (({field: value}, {"v_pred"}), ({field: "epsilon"}, set()), (None, set())):
+        trainer.safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata)
+        assert sdxl_weights.read_markers(tmp_path / "a.safetensors") == expected
 
 
 def v_prediction_snapshot(folder):

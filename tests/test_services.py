@@ -75,6 +75,9 @@ class Hub:
         Hub.calls.append(options)
         return SimpleNamespace(repo_id=repo_id)
 
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=repo_id != "public")
+
     def upload_folder(self, **options):
         Hub.calls.append(options)
 
@@ -96,6 +99,10 @@ def test_only_the_files_of_the_lora_are_uploaded(flags, tmp_path, monkeypatch):
     sent = sorted(huggingface_hub.utils.filter_repo_objects(written, **patterns))
     expected = [trainer.LORA_FILE, sdxl_weights.KOHYA_FILE, "README.md", "config.yaml", "samples/step-4.png"]
     assert sent == sorted(expected)
+    args.hub_model_id = "public"
+    with pytest.raises(trainer.InputError, match="--hub_private_repo: public exists and is public"):
+        trainer.push_to_hub(args)
+    assert len(Hub.calls) == 3  # nothing was uploaded
 
 
 def refuse(module):
@@ -131,8 +138,15 @@ def offline(module):
 def test_a_model_that_is_not_here_is_named_at_once_when_offline(flags, tmp_path, flag):
     result = run_trainer([*flags, flag, "somebody/model"], tmp_path / "run", setup=offline)
     assert result.codes == [1]
-    assert f"{flag}: somebody/model is not on this machine and HF_HUB_OFFLINE is set" in result.output
+    expected = "cannot get somebody/model from the hub: it is not on this machine and HF_HUB_OFFLINE is set"
+    assert f"{flag}: {expected}" in result.output
     assert not (tmp_path / "run/index").exists()
+
+
+@pytest.mark.parametrize("name", ["my model", "illustrious--xl", "nowhere/"])
+def test_a_name_that_no_model_can_have_is_an_error_in_one_line(flags, tmp_path, name):
+    result = run_trainer([*flags, "--pretrained_model_name_or_path", name], tmp_path / "run", setup=offline)
+    assert result.codes == [1] and f"InputError: --pretrained_model_name_or_path: cannot get {name}" in result.output
 
 
 def no_network(note, module):
@@ -151,3 +165,15 @@ def test_without_a_network_a_model_of_the_hub_is_an_error_and_not_a_wait(flags, 
     assert result.codes == [1]
     assert "cannot get somebody/model from the hub: Name or service not known" in result.output
     assert json.loads((tmp_path / "asked").read_text()) == ["somebody/model", "abc", 20]
+
+
+def in_the_cache(module):
+    no_network("/dev/null", module)
+    sys.modules["huggingface_hub"].try_to_load_from_cache = lambda name, file, **options: "/somewhere/config.json"
+
+
+def test_without_a_network_a_model_in_the_cache_is_used_if_the_user_says_so(flags, tmp_path):
+    argv = [*flags, "--pretrained_model_name_or_path", "somebody/model"]
+    result = run_trainer(argv, tmp_path / "run", setup=in_the_cache)
+    assert result.codes == [1]
+    assert "Name or service not known; set HF_HUB_OFFLINE=1 to use the copy on this machine" in result.output
