@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 import sdxl_data
 import sdxl_weights
 from sdxl_data import InputError
+from sdxl_weights import short_reason
 
 AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
@@ -447,7 +448,7 @@ class ImageGenerator:
             pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
             scaled.set_adapters([name], [self.args.lora_scale])
         except Exception as error:  # libraries raise what they like for a LoRA of another base
-            reason = " ".join(str(error).split())[:200]
+            reason = short_reason(error, 200)
             raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
 
     def generate(self, prompts, seeds):
@@ -531,7 +532,7 @@ class Clip:
             model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights or None)
             self.tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as error:  # no weights in the cache and no network, an unknown name, a damaged file
-            reason = " ".join(str(error).split())[:200]
+            reason = short_reason(error, 200)
             raise InputError(f"{flag}: cannot load {name}: {reason}; give a local-dir:FOLDER, or go online") from error
         self.model = model.eval().to(device)
         self.device = device
@@ -565,7 +566,7 @@ def load_head_layers(path):
         names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])  # layer 10 after layer 2
         return [(tensors[name].float(), tensors[name.removesuffix("weight") + "bias"].float()) for name in names]
     except Exception as error:  # no network, a damaged file, something else than tensors by name
-        reason = " ".join(str(error).split())[:200]
+        reason = short_reason(error, 200)
         message = f"--aesthetic_head: cannot load {path}: {reason}; give a file in LAION's format, or none"
         raise InputError(message) from error
 

@@ -42,6 +42,7 @@ import yaml
 
 import sdxl_data
 from sdxl_data import STOP_SIGNALS, InputError
+from sdxl_weights import short_reason
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "hpo_sweep.py")  # what --workers starts
@@ -524,7 +525,7 @@ def open_study(sweep):
             study_name=sweep.args.study_name, storage=storage, directions=sweep.directions, load_if_exists=True
         )
     except Exception as error:  # the database does not answer, or its URL is wrong
-        raise InputError(f"--storage: {sweep.args.storage}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"--storage: {sweep.args.storage}: {short_reason(error)}") from error
     signature = json.loads(json.dumps(sweep.signature()))
     stored = study.user_attrs.get("law", signature)  # studies have always stored it under this name
     stored = json.loads(json.dumps(stored).replace('"species_', '"class_'))  # names of flags in older studies

@@ -138,6 +138,11 @@ MODEL_INDEX = {
 }
 
 
+def short_reason(error, length=300):
+    """Returns the text of an exception on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def read_header(path):
     """Returns {tensor name: (dtype, shape)} of a .safetensors file. Raises InputError if the file is damaged."""
     try:
@@ -317,15 +322,18 @@ def write_configs(folder, markers, config_folder):
 
 
 def unet_config(tensors, config):
-    """Returns `config` with the input sizes that the UNet's tensors have, and the refiner's layout if it is one."""
+    """Returns `config` with the input sizes that the UNet's tensors have, and the refiner's layout if it is one.
+
+    The tensors have their original names or diffusers'.
+    """
     shapes = {name.removeprefix(PREFIXES["UNet"]): tensor.shape for name, tensor in tensors.items()}
-    if "label_emb.0.0.weight" not in shapes:  # diffusers' own names
-        return config
-    width = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-    if config["block_out_channels"] == [320, 640, 1280] and shapes["input_blocks.0.0.weight"][0] == 384:
+    first, label = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+    if first not in shapes:
+        first, label = "conv_in.weight", "add_embedding.linear_1.weight"
+    if config["block_out_channels"] == [320, 640, 1280] and shapes[first][0] == 384:
         config = config | REFINER_UNET
-    inputs = shapes["label_emb.0.0.weight"][1]
-    return config | {"cross_attention_dim": width, "projection_class_embeddings_input_dim": inputs}
+    width = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+    return config | {"cross_attention_dim": width, "projection_class_embeddings_input_dim": shapes[label][1]}
 
 
 def part_dtype(tensors, part):
@@ -353,12 +361,16 @@ def read_part(tensors, part, folder):
     options = {"config": str(folder), "torch_dtype": part_dtype(tensors, part), "local_files_only": True}
     try:
         if part == "UNet":
-            return UNet2DConditionModel.from_single_file(tensors, **options)
-        if part == "VAE":
-            return AutoencoderKL.from_single_file(tensors, **options)
-        return load_clip(tensors, part, options)
+            model = UNet2DConditionModel.from_single_file(tensors, **options)
+        elif part == "VAE":
+            model = AutoencoderKL.from_single_file(tensors, **options)
+        else:
+            model = load_clip(tensors, part, options)
     except NotImplementedError as error:  # a parameter that got no value is on the meta device
         raise ValueError(f"tensors of its {part} are missing") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"tensors of its {part} are missing")
+    return model
 
 
 def save_part(model, part, folder):
@@ -438,13 +450,11 @@ def find_snapshot(flag, name, cache_dir, config_folder=None):
         check_checkpoint_file(flag, path)
         folder = Path(cache_dir).absolute() / "snapshots" / snapshot_name(flag, path, config_folder)
         convert_once(flag, path, folder, config_folder)
+    except (InputError, OSError) as error:
+        raise InputError(f"{flag}: {path}: {short_reason(error)}") from error
     except Exception as error:  # the libraries raise all kinds of errors for tensors that do not fit
-        remedy = (
-            ""
-            if isinstance(error, (InputError, OSError))
-            else "; if its sizes differ from SDXL's, give --single_file_config"
-        )
-        raise InputError(f"{flag}: {path}: {' '.join(str(error).split())[:400]}{remedy}") from error
+        remedy = "if its sizes differ from SDXL's, give --single_file_config"
+        raise InputError(f"{flag}: {path}: {short_reason(error)}; {remedy}") from error
     return str(folder)
 
 
@@ -521,18 +531,33 @@ def kohya_state_dict(trained, adapters):
     return state
 
 
-def describe_objective(prediction_type, zero_snr):
+def describe_objective(scheduler):
     """Returns the LoRA header entries for v-prediction and zero terminal SNR; empty if neither applies."""
     metadata = {}
-    if prediction_type == "v_prediction":
+    if scheduler.prediction_type == "v_prediction":
         metadata |= {"modelspec.prediction_type": "v", "ss_v_parameterization": "True"}
-    if zero_snr:
+    if scheduler.rescale_betas_zero_snr:
         metadata["ss_zero_terminal_snr"] = "True"
     return metadata
 
 
-def lora_files(trained, stage, trigger_word, prediction_type, zero_snr):
-    """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
+def scheduler_code(scheduler):
+    """Returns the model card's line that gives a pipeline this scheduler configuration. None or diffusers' own: ""."""
+    if scheduler is None or not describe_objective(scheduler):
+        return ""
+    options = (
+        f'prediction_type="{scheduler.prediction_type}", rescale_betas_zero_snr={scheduler.rescale_betas_zero_snr}'
+    )
+    if scheduler.rescale_betas_zero_snr:
+        options += ', timestep_spacing="trailing"'
+    return f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {options})\n"
+
+
+def lora_files(trained, stage, trigger_word, scheduler):
+    """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files.
+
+    `scheduler` is the configuration of the scheduler that the noise was added with.
+    """
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
     kohya = {
@@ -546,7 +571,7 @@ def lora_files(trained, stage, trigger_word, prediction_type, zero_snr):
     for metadata in (kohya, peft):
         if trigger_word:
             metadata["modelspec.trigger_phrase"] = trigger_word
-        metadata |= describe_objective(prediction_type, zero_snr)
+        metadata |= describe_objective(scheduler)
     return {
         LORA_FILE: partial(data.write_safetensors, tensors=adapters, metadata=peft),
         KOHYA_FILE: partial(data.write_safetensors, tensors=kohya_state_dict(trained, adapters), metadata=kohya),
@@ -569,7 +594,7 @@ def merge_text_encoder_2_lora(text_encoder_2, path):
             raise ValueError("it has no text_encoder_2 part; train the base with --train_text_encoder")
         loader.load_lora_into_text_encoder(state, alphas, text_encoder_2, "text_encoder_2", metadata=metadata)
     except Exception as error:  # libraries raise all kinds of errors for damaged files
-        raise InputError(f"--text_encoder_2_lora: {path}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"--text_encoder_2_lora: {path}: {short_reason(error)}") from error
     for module in text_encoder_2.modules():
         if isinstance(module, lora.LoraLayer):
             module.merge()

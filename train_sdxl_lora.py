@@ -56,6 +56,7 @@ from tqdm.auto import tqdm
 import sdxl_data as data
 import sdxl_weights
 from sdxl_data import LORA_FILE, EncodedDataset, ImageDataset, InputError, expand_shards, torch_seed, write_file
+from sdxl_weights import short_reason
 
 TIME_IDS = {"base": 6, "refiner": 5}  # numbers in add_time_ids
 # --gradient_checkpointing → bytes of activations that a 1024 px image keeps in SDXL's UNet in 16 bits, counted
@@ -255,7 +256,8 @@ def add_loss_arguments(parser):
     add("--snr_gamma", type=float, metavar="G", help="min-SNR (arXiv:2303.09556), 0 = off (default: 5, refiner: 0)")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="default: the model's own")
     add("--rescale_betas_zero_snr", action=argparse.BooleanOptionalAction, default=None,
-        help="noise schedule with zero terminal SNR (arXiv:2305.08891; default: the model's own)")
+        help="noise schedule with zero terminal SNR (arXiv:2305.08891; default: the model's own); with it, min-SNR "
+        "gives the last timesteps almost no weight: see --snr_gamma")
     add("--noise_offset", type=float, default=0.0, metavar="X", help="strength of noise constant over each channel")
     add("--refiner_timestep_band", nargs=2, type=int, default=[0, 200], metavar=("LOW", "HIGH"),
         help="refiner: timesteps to train on, both included")
@@ -608,11 +610,6 @@ class Models:
 def weight_dtype_of(precision):
     """Returns the torch dtype for "no", "fp32", "bf16" or "fp16"."""
     return {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def short_reason(error, length=300):
-    """Returns the text of an exception on one line, cut to `length` characters."""
-    return " ".join(str(error).split())[:length]
 
 
 def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", **options):
@@ -1649,9 +1646,8 @@ def check_resume(saved, current, allow_batch_change=False):
 
 def lora_files(run):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
-    config = run.unwrapped.noise_scheduler.config
-    schedule = (config.prediction_type, config.rescale_betas_zero_snr)
-    return sdxl_weights.lora_files(run.trained, run.args.stage, run.args.trigger_word, *schedule)
+    scheduler = run.unwrapped.noise_scheduler.config
+    return sdxl_weights.lora_files(run.trained, run.args.stage, run.args.trigger_word, scheduler)
 
 
 def save_lora(run, folder):
@@ -1883,12 +1879,13 @@ def save_run(args, progress, index):
         "run_id": progress.run_id,
     }
     write_file(output_dir / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
-    for script in (__file__, data.__file__, sdxl_weights.__file__):
-        shutil.copy(script, output_dir)
+    for script in map(Path, (__file__, data.__file__, sdxl_weights.__file__)):
+        if script.resolve().parent != output_dir.resolve():  # it is there if the run's own copy is started
+            shutil.copy(script, output_dir)
 
 
-def save_model_card(args, metrics, index):
-    """Writes README.md, which says how the LoRA was trained and how to load it."""
+def save_model_card(args, metrics, index, scheduler=None):
+    """Writes README.md, which says how the LoRA was trained and how to load it. `scheduler` is its configuration."""
     samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
     picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
@@ -1912,7 +1909,7 @@ tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 
 {prompt}```python
 pipeline = {pipeline}.{loader}("{base_model}"{parts or ")"}
-pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
+{sdxl_weights.scheduler_code(scheduler)}pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
 ```
 
 `{sdxl_weights.KOHYA_FILE}` holds the same adapters for ComfyUI and A1111. Training flags:
@@ -1939,12 +1936,15 @@ def push_to_hub(args):
     """Uploads the LoRA files, the model card, the samples and config.yaml, and nothing else."""
     api, repo_id = hub_repo(args)
     files = [LORA_FILE, sdxl_weights.KOHYA_FILE, "README.md", "config.yaml"]
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=args.output_dir,
-        allow_patterns=[*files, "samples/step-*.png"],  # no other *, which would match / too: caches are in there
-        ignore_patterns=["samples/*/*", "checkpoint-*/*", ".checkpoint-*/*"],
-    )
+    patterns = {
+        "allow_patterns": [*files, "samples/step-*.png"],  # no other *, which would match / too: caches are in there
+        "ignore_patterns": ["samples/*/*", "checkpoint-*/*", ".checkpoint-*/*"],
+    }
+    try:
+        api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, **patterns)
+    except Exception as error:  # of the network, or the hub's refusal
+        remedy = f"the LoRA is in {args.output_dir}; `hf upload` sends it"
+        raise TrainingError(f"--push_to_hub: the hub says: {short_reason(error)}; {remedy}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -2979,8 +2979,9 @@ def make_run(args, accelerator, progress):
         dataset, val_dataset = cache_encodings(accelerator, args, unwrapped, [dataset, val_dataset])
     models, trained, optimizer = prepare_for_training(args, accelerator, unwrapped, progress)
     batches, steps_per_epoch = make_batches(args, accelerator, progress, index, mix)
-    shape = (args.lr_num_cycles, args.lr_power)
     warmup_steps = round(0.03 * batches.last_step) if args.lr_warmup_steps is None else args.lr_warmup_steps
+    steps = (warmup_steps, batches.last_step)
+    lr_schedule = make_lr_schedule(args.lr_scheduler, *steps, args.lr_num_cycles, args.lr_power)
     return Run(
         args=args,
         accelerator=accelerator,
@@ -2988,7 +2989,7 @@ def make_run(args, accelerator, progress):
         unwrapped=unwrapped,
         trained=trained,
         optimizer=optimizer,
-        lr_schedule=make_lr_schedule(args.lr_scheduler, warmup_steps, batches.last_step, *shape),
+        lr_schedule=lr_schedule,
         batches=batches,
         loader=data.make_loader(dataset, batches, args.dataloader_num_workers, accelerator.device.type == "cuda"),
         val_dataset=val_dataset,
@@ -3040,7 +3041,7 @@ def finish(run, metrics):
     if run.accelerator.is_main_process:
         fault = try_write(lambda: save_lora(run, args.output_dir))
         if fault is None:
-            fault = try_write(lambda: save_model_card(args, metrics, index))
+            fault = try_write(lambda: save_model_card(args, metrics, index, run.unwrapped.noise_scheduler.config))
         if fault:
             where = f"checkpoint-{run.progress.step} holds the LoRA files"
             raise TrainingError(f"--output_dir: {fault}; {where}; free some space and run the same command again")

@@ -37,6 +37,8 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
+import sdxl_weights
+
 CACHES = ["--cache_latents", "--cache_text_embeddings"]
 VARIANTS = {
     "plain": [],
@@ -156,43 +158,18 @@ def make_sdxl(folder, dtype):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     size = {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
     size |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        projection_dim=768, hidden_act="quick_gelu", **size)  # fmt: skip
-    second = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-        projection_dim=1280, hidden_act="gelu", **size)  # fmt: skip
+    configs = sdxl_weights.SDXL_CONFIGS
+    first = CLIPTextConfig(**configs["text_encoder"] | size)
+    second = CLIPTextConfig(**configs["text_encoder_2"] | size)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         for name, model in (
             ("text_encoder", lambda: CLIPTextModel(first)),
             ("text_encoder_2", lambda: CLIPTextModelWithProjection(second)),
-            ("vae", lambda: AutoencoderKL(**VAE)),
-            ("unet", lambda: UNet2DConditionModel(**UNET)),
+            ("vae", lambda: AutoencoderKL.from_config(configs["vae"])),
+            ("unet", lambda: UNet2DConditionModel.from_config(configs["unet"])),
         ):
             model().to(dtype if name != "vae" else torch.float32).save_pretrained(folder / name)
     torch.cuda.empty_cache()  # the runs are other processes and need the memory
-
-
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
-UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def make_images(folder, count, side):
@@ -249,7 +226,9 @@ def make_lora_unet(args):
     import train_sdxl_lora as trainer
 
     diffusers.logging.set_verbosity_error()
-    config = UNET if args.model == "sdxl" else trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
+    config = sdxl_weights.SDXL_CONFIGS["unet"]
+    if args.model != "sdxl":
+        config = trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
     with torch.device("meta"):
         unet = trainer.UNet2DConditionModel.from_config(config).to(trainer.weight_dtype_of(args.precision))
         unet.requires_grad_(False)

@@ -77,6 +77,9 @@ def test_a_vae_and_a_refiner_are_converted_too(tmp_path):
         file = original.write(tmp_path / f"vae{prefix}.safetensors", original.original_vae(SDXL / "vae", prefix))
         folder = Path(sdxl_weights.find_snapshot(VAE, str(file), tmp_path, SDXL))
         assert_equal_tensors(original.load_part(folder), original.load_part(SDXL / "vae"))
+    shutil.copy(next(REFINER.glob("*.safetensors")), tmp_path / "diffusers.safetensors")  # diffusers' own names
+    folder = Path(sdxl_weights.find_snapshot(REFINER_FLAG, str(tmp_path / "diffusers.safetensors"), tmp_path, SDXL))
+    assert_equal_tensors(original.load_part(folder / "unet"), original.load_part(REFINER))
     file = original.write(tmp_path / "refiner.safetensors", original.original_unet(REFINER))
     folder = Path(sdxl_weights.find_snapshot(REFINER_FLAG, str(file), tmp_path, SDXL))
     assert_equal_tensors(original.load_part(folder / "unet"), original.load_part(REFINER))
@@ -246,6 +249,13 @@ def test_tensors_that_are_missing_or_of_other_sizes_are_an_error_in_one_line(che
     file = original.write(tmp_path / "x.safetensors", tensors)
     with pytest.raises(sdxl_data.InputError, match="tensors of its UNet are missing"):
         sdxl_weights.find_snapshot(BASE, str(file), tmp_path, SDXL)
+    for prefix, part in (("conditioner.embedders.0.", "first"), ("conditioner.embedders.1.", "second")):
+        tensors = original.original_checkpoint(SDXL)
+        last = max(name for name in tensors if name.startswith(prefix) and name.endswith("weight"))
+        del tensors[last]
+        file = original.write(tmp_path / f"{part}.safetensors", tensors)
+        with pytest.raises(sdxl_data.InputError, match=f"tensors of its {part} text encoder are missing"):
+            sdxl_weights.find_snapshot(BASE, str(file), tmp_path, SDXL)
 
 
 @pytest.mark.parametrize("field, value", [("modelspec.prediction_type", "v"), ("modelspec.predict_key", "v")])
@@ -277,6 +287,8 @@ def test_v_prediction_and_zero_snr_are_read_from_the_file(flags, tmp_path, offli
         with trainer.safetensors.safe_open(tmp_path / "b" / name, "np") as file:
             metadata = file.metadata()
         assert metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"
+    line = 'from_config(pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True, '
+    assert line + 'timestep_spacing="trailing")\npipeline.load_lora' in (tmp_path / "b/README.md").read_text()
     words = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
     given = assert_ok(run_trainer([*argv, *words], tmp_path / "c"))
     assert_equal_tensors(tensors_of(a.output_dir / "checkpoint-4"), tensors_of(given.output_dir / "checkpoint-4"))

@@ -110,8 +110,9 @@ def test_the_refiner_takes_over_where_denoising_start_says(parse):
 
 def test_a_lora_has_the_strength_of_lora_scale(parse, flags, tmp_path):
     args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path]])
-    adapters = trainer.add_adapters(args, trainer.load_models(args, torch.float32, CPU), 0)
-    for name, write in sdxl_weights.lora_files(adapters, "base", None, "epsilon", False).items():
+    models = trainer.load_models(args, torch.float32, CPU)
+    adapters = trainer.add_adapters(args, models, 0)
+    for name, write in sdxl_weights.lora_files(adapters, "base", None, models.noise_scheduler.config).items():
         write(tmp_path / name)
     scales = {}
     for strength in (1.0, 0.25):

@@ -48,7 +48,7 @@ def test_every_flag_of_diffusers_script_is_accepted(world, tmp_path):
 def test_flags_without_effect_are_named(flags, tmp_path):
     words = ["--local_rank", 0, "--debug_loss", "--enable_npu_flash_attention", "--lr_num_cycles", 2, "--lr_power", 2]
     result = assert_ok(run_trainer([*flags, *words, "--dry_run"], tmp_path / "run"))
-    for word in words[::1]:
+    for word in words:
         assert (f"{word}: has no effect here" in result.output) == str(word).startswith("--")
     result = assert_ok(run_trainer([*flags, "--lr_scheduler", "polynomial", "--lr_power", 2], tmp_path / "with"))
     assert "has no effect" not in result.output
@@ -80,6 +80,8 @@ class Hub:
 
     def upload_folder(self, **options):
         Hub.calls.append(options)
+        if options["repo_id"] == "read-only":
+            raise OSError("403 Forbidden")
 
 
 def test_only_the_files_of_the_lora_are_uploaded(flags, tmp_path, monkeypatch):
@@ -99,6 +101,10 @@ def test_only_the_files_of_the_lora_are_uploaded(flags, tmp_path, monkeypatch):
     sent = sorted(huggingface_hub.utils.filter_repo_objects(written, **patterns))
     expected = [trainer.LORA_FILE, sdxl_weights.KOHYA_FILE, "README.md", "config.yaml", "samples/step-4.png"]
     assert sent == sorted(expected)
+    args.hub_model_id = "read-only"
+    with pytest.raises(trainer.TrainingError, match="403 Forbidden; the LoRA is in .*run; `hf upload` sends it"):
+        trainer.push_to_hub(args)
+    Hub.calls = Hub.calls[:2]
     args.hub_model_id = "public"
     with pytest.raises(trainer.InputError, match="--hub_private_repo: public exists and is public"):
         trainer.push_to_hub(args)

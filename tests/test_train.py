@@ -158,6 +158,14 @@ def test_checkpoints_in_the_way_are_refused_or_overwritten(flags, own_run):
     assert [row["step"] for row in result.metrics()] == [1, 2]
 
 
+def test_the_copy_in_a_runs_own_folder_continues_it(flags, own_run):
+    argv = [str(word) for word in [*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest"]]
+    words = [sys.executable, own_run / "train_sdxl_lora.py", *argv, "--output_dir", own_run]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=own_run, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (own_run / "checkpoint-6").is_dir()
+
+
 def test_latest_without_a_checkpoint_starts_fresh(flags, tmp_path):
     result = assert_ok(run_trainer([*flags, "--resume_from_checkpoint", "latest"], tmp_path / "run"))
     assert [row["step"] for row in result.metrics()] == [1, 2, 3, 4]
