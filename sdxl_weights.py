@@ -242,9 +242,8 @@ def check_file_or_folder(flag, name):
         if flag == "--refiner_unet" and not any((path / p).is_file() for p in ("config.json", "unet/config.json")):
             raise InputError(f"{flag}: no UNet in {path}; expected config.json there or in its unet/, or a file")
         if not path.is_dir():
-            raise InputError(
-                f"{flag}: no folder {path} and no such file; give a snapshot, a .safetensors file or a hub id"
-            )
+            kind = "file" if path.suffix.lower() in (".safetensors", *PICKLES) else "folder"
+            raise InputError(f"{flag}: no {kind} {path}; give a snapshot, a .safetensors file or a hub id")
 
 
 def check_model_flags(args):

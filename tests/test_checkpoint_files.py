@@ -220,7 +220,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(flags, checkpoint, tmp
         file.write_bytes(b"x")
         assert "is a pickle" in refusal(capsys, flags, tmp_path / "run", BASE, file)
     missing = refusal(capsys, flags, tmp_path / "run", BASE, "model.safetensors")
-    assert "no folder model.safetensors and no such file" in missing
+    assert "no file model.safetensors; give a snapshot" in missing
     url = refusal(capsys, flags, tmp_path / "run", BASE, "https://civitai.com/a.safetensors")
     assert "is a URL; download the file first" in url
     config = refusal(capsys, flags, tmp_path / "run", "--single_file_config", SDXL)
