@@ -775,8 +775,8 @@ def embed_training_images(state, args):
 def find_nearest(vectors, reference, itself=False):
     """Finds the most similar image in `reference` for each of n images. Returns similarities and indices, (n,) each.
 
-    Both inputs have the shape (images, views, F). Two images are as similar as their two most similar views. With
-    `itself`, both inputs are the same images, and no image is compared with itself.
+    Both inputs have the shape (images, views, F). Two images are as similar as their two most similar views. Set
+    `itself` if both inputs are the same images: then no image is matched to itself.
     """
     views = reference.astype(np.float32).reshape(-1, reference.shape[-1])
     similarities = []
