@@ -299,6 +299,25 @@ def test_v_prediction_and_zero_snr_are_read_from_the_file(flags, tmp_path, offli
     assert plain.metrics() == usual.metrics() != a.metrics()
 
 
+def test_images_of_zero_snr_models_rescale_their_guidance(flags, tmp_path, monkeypatch):
+    kind = trainer.diffusers.StableDiffusionXLPipeline
+    given, original_call = [], kind.__call__
+
+    def call(self, *words, **options):
+        given.append(options["guidance_rescale"])
+        return original_call(self, *words, **options)
+
+    monkeypatch.setattr(kind, "__call__", call)
+    device = torch.device("cpu")
+    for words in ([], ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]):
+        args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path, *words]])
+        trainer.generate_image(trainer.load_models(args, torch.float32, device), "Aquafin", 0, 64, 1)
+        base = ["--pretrained_model_name_or_path", SDXL, "--output_dir", tmp_path, "--resolution", 64, *words]
+        args = evaluate.parse_args([str(word) for word in [*base, "--num_inference_steps", 1]])
+        evaluate.ImageGenerator(args, device).generate([evaluate.Prompt("a", "Aquafin", "Aquafin", None, ())], (0,))
+    assert given == [0.0, 0.0, 0.7, 0.7]
+
+
 def test_evaluate_and_the_sweep_take_files_too(flags, checkpoint, tmp_path):
     def generate(base, *more):
         words = ["--pretrained_model_name_or_path", base, "--output_dir", tmp_path / "eval", "--resolution", 64]

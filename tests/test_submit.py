@@ -131,6 +131,7 @@ def test_the_request_field_by_field(aws, mode, count, spot):
     files = {
         "train_sdxl_lora.py",
         "sdxl_data.py",
+        "sdxl_weights.py",
         "hpo_sweep.py",
         "evaluate.py",
         "requirements.txt",
