@@ -37,9 +37,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import sdxl_data
-import sdxl_weights
+import sdxl_lora
+import sdxl_single_file
 from sdxl_data import InputError
-from sdxl_weights import short_reason
+from sdxl_lora import find_lora, hash_file
+from sdxl_single_file import short_reason
 
 AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
@@ -146,15 +148,6 @@ class Model:
     step: int | None = None
 
 
-def find_lora(path):
-    """Returns the LoRA file in `path`, a run or checkpoint, or `path` itself. Raises ValueError if it is missing."""
-    path = Path(path).expanduser()
-    file = path / sdxl_data.LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no LoRA file {file}; give a .safetensors file, a run or a checkpoint")
-    return file
-
-
 def list_models(args):
     """Returns the Models to compare: the base model, each --lora, and each checkpoint of --checkpoints.
 
@@ -214,6 +207,7 @@ def make_parser():
     add("--lora", nargs="+", default=[], metavar="FILE|DIR",
         help="LoRA files in diffusers' or kohya's format, runs or checkpoints; the base model is always evaluated too")
     add("--checkpoints", metavar="DIR", help="evaluate every checkpoint of this run")
+    add("--merge_lora", nargs="+", metavar="FILE[:SCALE]", help="LoRAs added to the base model, as in the trainer")
     add("--lora_scale", type=float, default=1.0, metavar="X", help="strength of the LoRAs")
     add("--refiner_unet", metavar="PATH|ID", help="refiner that finishes all images; as above")
     add("--refiner_lora", metavar="FILE|DIR",
@@ -271,7 +265,8 @@ def parse_args(argv=None):
     if args.refiner_lora and not args.refiner_unet:
         parser.error("--refiner_lora: found without --refiner_unet; give the refiner too")
     try:
-        sdxl_weights.check_model_flags(args)
+        sdxl_single_file.check_model_flags(args)
+        sdxl_lora.read_merges(args.merge_lora)
     except InputError as error:
         parser.error(str(error))
     checks = {
@@ -336,14 +331,6 @@ class Job:
     path: Path
 
 
-def hash_file(path):
-    """Returns the SHA-256 of a file, or None for None."""
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def short_hash(*parts):
     """Returns a hash of any values, 12 hex digits."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -371,7 +358,8 @@ def list_jobs(args, models, prompts):
         has_lora = model.lora is not None or model.refiner_lora is not None
         values = [getattr(args, flag) for flag in IMAGE_FLAGS if has_lora or flag != "lora_scale"]
         newer = [f"{flag} {getattr(args, flag)}" for flag in NEWER_IMAGE_FLAGS if getattr(args, flag) is not None]
-        stamp = short_hash(*values, *newer, hash_file(model.lora), hash_file(model.refiner_lora))
+        newer += map(repr, sdxl_lora.list_merges(args.merge_lora))
+        stamp = short_hash(*values, *newer, *(file and hash_file(file) for file in (model.lora, model.refiner_lora)))
         for prompt in prompts:
             name = f"{slug(prompt.id)}-{short_hash(prompt.id, prompt.prompt)}"
             for seed in args.seeds:
@@ -400,6 +388,8 @@ class ImageGenerator:
     def load_base(self):
         load = StableDiffusionXLPipeline.from_pretrained
         base = trainer.load_part(self.args, load, None, add_watermarker=False, **self.options)
+        parts = {name: getattr(base, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+        sdxl_lora.merge_given_loras(self.args.merge_lora, parts)
         base.scheduler = type(base.scheduler).from_config(trainer.load_scheduler_config(self.args))
         if base.vae.dtype == torch.float16:
             base.vae.to(torch.float32)  # SDXL's own overflows in fp16
@@ -436,20 +426,26 @@ class ImageGenerator:
         if self.refiner is not None:
             self.refiner.unload_lora_weights()
         if model.lora is not None:
-            self.load_lora("--lora", self.base, self.base, model.lora)
+            self.load_lora("--lora", self.base, ("unet", "text_encoder", "text_encoder_2"), model.lora)
         if model.refiner_lora is not None:
-            self.load_lora("--refiner_lora", self.refiner, self.refiner.unet, model.refiner_lora)
+            self.load_lora("--refiner_lora", self.refiner, ("unet",), model.refiner_lora)
         self.loaded = model
 
-    def load_lora(self, flag, pipeline, scaled, file):
-        """Loads a LoRA at the strength --lora_scale. Raises InputError naming `flag` if the LoRA does not fit."""
-        name = flag.removeprefix("--")
+    def load_lora(self, flag, pipeline, parts, path):
+        """Loads a LoRA at the strength --lora_scale. Raises InputError naming `flag` if the LoRA does not fit.
+
+        diffusers' own loader leaves out parts of some kohya files: magnitudes of DoRA, alphas that differ by layer.
+        """
         try:
-            pipeline.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
-            scaled.set_adapters([name], [self.args.lora_scale])
-        except Exception as error:  # libraries raise what they like for a LoRA of another base
-            reason = short_reason(error, 200)
-            raise InputError(f"{flag}: {file} does not fit this snapshot: {reason}") from error
+            file = sdxl_lora.read_lora_file(path)
+            unused = sorted(file.parts.keys() - set(parts))
+            if unused:
+                raise InputError(f"{path} has adapters of {', '.join(unused)}, which are not used here")
+            for part in file.parts:
+                name = flag.removeprefix("--")
+                sdxl_lora.attach_lora(file, part, getattr(pipeline, part), name, self.args.lora_scale)
+        except InputError as error:
+            raise InputError(f"{flag}: {error}") from error
 
     def generate(self, prompts, seeds):
         """Returns one PIL image for each pair of a prompt and a seed. The noise is drawn on the CPU."""

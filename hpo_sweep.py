@@ -42,7 +42,7 @@ import yaml
 
 import sdxl_data
 from sdxl_data import STOP_SIGNALS, InputError
-from sdxl_weights import short_reason
+from sdxl_single_file import short_reason
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "hpo_sweep.py")  # what --workers starts
@@ -435,7 +435,7 @@ def make_evaluation(args, trainer_args):
     """
     flags = {"resolution": trainer_args.resolution}
     names = "pretrained_model_name_or_path revision variant single_file_config prediction_type rescale_betas_zero_snr"
-    for name in [*names.split(), "cache_dir"]:
+    for name in [*names.split(), "merge_lora", "cache_dir"]:
         flags[name] = make_absolute(getattr(trainer_args, name))
     if trainer_args.stage == "refiner":
         flags["refiner_unet"] = make_absolute(trainer_args.refiner_unet)

@@ -14,7 +14,8 @@ To resume an interrupted run, run the same command with --resume_from_checkpoint
 The sections, in the order data flows; each calls only what is above it:
      1 Arguments      2 Models and LoRA   3 Data         4 Encoding     5 Loss       6 Optimizer
      7 Checkpoints    8 Validation        9 Train loop  10 Preview     11 Process, log, errors    12 Main
-Beside it: sdxl_data.py (shard or folder → index → plan → crops → batches), sdxl_weights.py (others' model files).
+Beside it: sdxl_data.py (shard or folder → index → plan → crops → batches), sdxl_lora.py (LoRA files),
+sdxl_single_file.py (checkpoints in one file), sdxl_speed.py (layers and kernels for speed and memory).
 To read it: this page, `--help`, main(), train(), diffusion_loss(); then the section you came for.
 Lines that begin with "# Seam:" mark the places meant to be edited, each with its contract.
 """
@@ -54,14 +55,13 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 import sdxl_data as data
-import sdxl_weights
+import sdxl_lora
+import sdxl_single_file
 from sdxl_data import LORA_FILE, EncodedDataset, ImageDataset, InputError, expand_shards, torch_seed, write_file
-from sdxl_weights import short_reason
+from sdxl_single_file import short_reason
 
 TIME_IDS = {"base": 6, "refiner": 5}  # numbers in add_time_ids
-# --gradient_checkpointing → bytes of activations that a 1024 px image keeps in SDXL's UNet in 16 bits, counted
-ACTIVATION_BYTES = {"none": 5.8e9, "blocks": 1.0e9, "full": 0.55e9}
-RECOMPILE_LIMIT = 512  # graphs a block may have under --compile: two widths for every shape of --crop bucket
+ENCODER_NAMES = {"base": ("text_encoder", "text_encoder_2"), "refiner": ("text_encoder_2",)}
 GUIDANCE_RESCALE = 0.7  # of sample images with zero terminal SNR (arXiv:2305.08891, sec. 3.4)
 SAMPLE_INFERENCE_STEPS = 25  # denoising steps of a sample image, as in diffusers' training scripts
 VAE_PIXELS = 1 << 20  # pixels the VAE encodes at once: in fp32 a 1024 px image briefly takes 2.7 GB
@@ -143,6 +143,7 @@ def run_on_main(accelerator, action):
 
 # --flag and --no-flag, so that a file's true can be undone
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+open_switch = switch | {"default": None}  # None: --init_lora may decide
 TRACKERS = "tensorboard wandb comet_ml aim clearml dvclive mlflow swanlab trackio all none".split()
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention layers, as in diffusers' script
 # diffusers' SchedulerType without the piecewise one, which needs rules that no flag carries
@@ -166,20 +167,26 @@ def add_model_arguments(parser):
     add("--refiner_unet", metavar="PATH|ID",
         help="refiner: the UNet to train: its folder, a snapshot with unet/, a hub id or a .safetensors file")
     add("--text_encoder_2_lora", metavar="FILE", help="refiner: base-stage LoRA whose text_encoder_2 part is merged")
-    add("--rank", type=int, default=4, metavar="R", help="LoRA rank of the UNet")
+    add("--init_lora", metavar="FILE|RUN",
+        help="LoRA to start from, in diffusers' or kohya's format, or a run; gives rank, alpha, layers and encoders")
+    add("--merge_lora", nargs="+", metavar="FILE[:SCALE]",
+        help="LoRAs that are added to the frozen weights before training, such as a style or a speed-up")
+    add("--rank", type=int, metavar="R", help="LoRA rank of the UNet (default: 4)")
     add("--lora_alpha", type=float, metavar="A", help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--lora_dropout", type=float, default=0.0, metavar="P", help="dropout on the input of every adapter")
-    add("--lora_target_modules", nargs="+", default=TARGET_MODULES, metavar="NAME", help="UNet layers with an adapter")
-    add("--use_dora", **switch, help="weight-decomposed LoRA (arXiv:2402.09353)")
-    add("--use_rslora", **switch, help="rank-stabilized LoRA: scaled by alpha / sqrt(rank) (arXiv:2312.03732)")
-    add("--train_text_encoder", **switch, help="also train LoRA on both text encoders")
+    add("--lora_target_modules", nargs="+", metavar="NAME",
+        help=f"UNet layers with an adapter (default: {' '.join(TARGET_MODULES)})")
+    add("--use_dora", **open_switch, help="weight-decomposed LoRA (arXiv:2402.09353)")
+    add("--use_rslora", **open_switch, help="rank-stabilized LoRA: scaled by alpha / sqrt(rank) (arXiv:2312.03732)")
+    add("--train_text_encoder", **open_switch, help="also train LoRA on both text encoders")
     add("--text_encoder_rank", type=int, metavar="R", help="LoRA rank of the text encoders (default: --rank)")
     add("--text_encoder_alpha", type=float, metavar="A", help="LoRA alpha of the text encoders (default: their rank)")
     add("--vae_precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="SDXL's own VAE overflows in fp16")
     add("--base_precision", choices=["auto", "nf4", "int8"], default="auto",
         help="precision of the frozen UNet's linear layers; auto: as --mixed_precision; nf4 needs bitsandbytes")
-    add("--gradient_checkpointing", nargs="?", const="full", default="none",
-        choices=[*ACTIVATION_BYTES, "auto"], type=lambda mode: {"True": "full", "False": "none"}.get(mode, mode),
+    modes = ["none", "blocks", "full", "auto"]
+    add("--gradient_checkpointing", nargs="?", const="full", default="none", choices=modes,
+        type=lambda mode: {"True": "full", "False": "none"}.get(mode, mode),
         help="recompute activations: less memory, about a third slower. blocks: transformer blocks only; full: the "
         "whole UNet (also the bare flag); auto: the least that fits on the GPU")
     add("--attention_backend", choices=["sdpa", "flash", "efficient", "cudnn", "math", "xformers"], default="sdpa",
@@ -381,10 +388,37 @@ def default_workers(local_world):
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
+def take_lora_flags(parser, args):
+    """Sets rank, alpha and so on as in --init_lora. Exits if the file is unusable or a given flag contradicts it."""
+    if args.init_lora is None:
+        return
+    if Path(args.init_lora).resolve().is_relative_to(Path(args.output_dir).resolve()):
+        remedy = "continue with --resume_from_checkpoint, or give another --output_dir"
+        parser.error(f"--init_lora: {args.init_lora} is in --output_dir; {remedy}")
+    try:
+        flags = sdxl_lora.lora_flags(args.init_lora, args.use_rslora)
+    except InputError as error:
+        parser.error(f"--init_lora: {error}")
+    if args.stage == "refiner" and "train_text_encoder" in flags:
+        parser.error(f"--init_lora: {args.init_lora} has adapters of text encoders; a refiner's LoRA has none")
+    for name, value in flags.items():
+        given = getattr(args, name)
+        if given not in (None, value):
+            parser.error(f"--{name}: found {given}; --init_lora {args.init_lora} has {value}; leave out --{name}")
+        setattr(args, name, value)
+
+
 def set_defaults(args):
     """Fills in the defaults that depend on other flags or on the number of CPU cores."""
     refiner = args.stage == "refiner"
+    if args.rank is None:
+        args.rank = 4
+    if args.lora_target_modules is None and args.init_lora is None:
+        args.lora_target_modules = TARGET_MODULES
     defaults = {
+        "use_dora": False,
+        "use_rslora": False,
+        "train_text_encoder": False,
         "crop": "center" if args.center_crop or refiner else "random_ar",
         "dropped_caption": "empty" if refiner else "zeros",
         "snr_gamma": 0.0 if refiner else 5.0,
@@ -492,13 +526,12 @@ def check_data_flags(parser, args):
 def check_model_paths(parser, args):
     """Exits with a one-line error if a flag names a model folder or LoRA file that is missing or incomplete."""
     try:
-        sdxl_weights.check_model_flags(args)
+        sdxl_single_file.check_model_flags(args)
+        sdxl_lora.read_merges(args.merge_lora)
+        sdxl_lora.check_lora("--validation_base_lora", args.validation_base_lora)
+        sdxl_lora.check_lora("--text_encoder_2_lora", args.text_encoder_2_lora, "text_encoder_2")
     except InputError as error:
         parser.error(str(error))
-    for name in ("text_encoder_2_lora", "validation_base_lora"):
-        path = getattr(args, name)
-        if path and not Path(path).is_file():
-            parser.error(f"--{name}: no file {path}; give a LoRA of the base stage, .safetensors")
 
 
 def check_data_paths(parser, args):
@@ -537,6 +570,7 @@ def parse_args(argv=None):
     """Returns the flags with all defaults filled in. Exits if a flag is wrong. The result is never modified later."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    take_lora_flags(parser, args)
     set_defaults(args)
     check_ranges(parser, args)
     check_stage_flags(parser, args)
@@ -570,24 +604,18 @@ from accelerate import utils as accelerate_utils
 from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_process
 from accelerate.utils import broadcast_object_list, gather_object, recursively_apply
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 from peft.tuners import lora
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import sdxl_speed
+
 # -----------------------------------------------------------------------------
 # 2 Models and LoRA
 # -----------------------------------------------------------------------------
-
-SDPA_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
 
 
 @dataclass
@@ -602,6 +630,7 @@ class Models:
     sampling_scheduler: diffusers.SchedulerMixin
     timestep_band: tuple  # (lowest, highest) that are trained on
     stage: str = "base"
+    merged_loras: list = field(default_factory=list)  # [SHA-256, scale] of each LoRA that was merged into them
     caption_chunks: int = 1  # chunks of 75 tokens that every caption is encoded in
     empty_prompt: tuple | None = None  # (prompt_embeds, pooled_prompt_embeds) of "", with cached captions
     base_pipeline: object = None  # StableDiffusionXLPipeline, on the CPU, that begins the refiner's sample images
@@ -618,7 +647,7 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
     --revision applies to the base model only. A refiner or VAE with no --variant files falls back to its plain ones.
     """
     name = getattr(args, flag.removeprefix("--"))
-    path = sdxl_weights.find_snapshot(flag, name, args.cache_dir or args.output_dir, args.single_file_config)
+    path = sdxl_single_file.find_snapshot(flag, name, args.cache_dir or args.output_dir, args.single_file_config)
     variant = options.pop("variant", None)
     variants = [None] if path != name else [variant]  # what was converted has plain files
     if flag == "--pretrained_model_name_or_path":
@@ -659,20 +688,25 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 
 
 def load_text_encoders(args, weight_dtype):
-    """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given."""
+    """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given.
+
+    Encoders that LoRAs are merged into are in fp32, otherwise in `weight_dtype`.
+    """
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
         raise InputError("--pretrained_model_name_or_path: one of its tokenizers has no vocabulary")
     classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
-    dtype = torch.float32 if args.text_encoder_2_lora else weight_dtype  # merge in fp32: only the sum is rounded
+    merges = args.text_encoder_2_lora or args.merge_lora
+    dtype = torch.float32 if merges else weight_dtype  # merge in fp32: only the sum is rounded
     text_encoders = []
     for suffix in suffixes:
         loader = classes[suffix].from_pretrained
         encoder = load_part(args, loader, f"text_encoder{suffix}", dtype=dtype, variant=args.variant)
-        if args.text_encoder_2_lora:
-            sdxl_weights.merge_text_encoder_2_lora(encoder, args.text_encoder_2_lora)
-        text_encoders.append(encoder.to(weight_dtype))
+        text_encoders.append(encoder)
+    if args.text_encoder_2_lora:
+        file = sdxl_lora.read_lora_file(args.text_encoder_2_lora)
+        sdxl_lora.merge_loras("--text_encoder_2_lora", {"text_encoder_2": text_encoders[-1]}, [(file, 1.0)])
     return tokenizers, text_encoders
 
 
@@ -703,13 +737,17 @@ def load_models(args, weight_dtype, device, unet_weights=True):
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
+    merged_loras = sdxl_lora.merge_given_loras(
+        args.merge_lora, {"unet": unet} | dict(zip(ENCODER_NAMES[args.stage], text_encoders))
+    )
     own_vae = "--pretrained_vae_model_name_or_path"
     place = (None, own_vae) if args.pretrained_vae_model_name_or_path else ("vae",)
     options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
     vae = load_part(args, AutoencoderKL.from_pretrained, *place, **options)
     vae.to(memory_format=torch.channels_last)  # its convolutions are a third faster
-    for model in (vae, *text_encoders):
-        model.to(device)
+    vae.to(device)
+    for encoder in text_encoders:
+        encoder.to(device, weight_dtype)
     for model in (vae, unet, *text_encoders):
         model.requires_grad_(False).eval()
     config = load_scheduler_config(args)
@@ -727,6 +765,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
         sampling_scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
         timestep_band=(low, high),
         stage=args.stage,
+        merged_loras=merged_loras,
     )
 
 
@@ -750,227 +789,105 @@ def fingerprint_parts(*parts):
     return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
 
 
-class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, y = x W + b + s (x A) B (arXiv:2106.09685), with a fused last step.
-
-    One kernel multiplies x A by B, scales the product by s and adds it to x W + b. x has shape (…, in) and y has shape
-    (…, out). A and B are stored in fp32 and cast to the dtype of x.
-    """
-
-    def forward(self, x, *args, **kwargs):
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        (name,) = self.active_adapters
-        down = self.lora_A[name].weight.to(x.dtype)  # (rank, in)
-        up = self.lora_B[name].weight.to(x.dtype)  # (out, rank)
-        hidden = F.linear(self.lora_dropout[name](x), down)
-        result = self.base_layer(x, *args, **kwargs)
-        flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), up.t(), alpha=self.scaling[name])
-        return flat.view_as(result)
-
-
-class CastLinear(torch.nn.Linear):
-    """Linear layer with fp32 weights. Its forward() casts them to the dtype of the input."""
-
-    def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
 # Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
-def add_adapter(model, targets, flag, **options):
-    """Adds LoRA adapters with fp32 weights to all layers of `model` whose names end with one of `targets`.
+def add_adapter(model, flag, target_modules, **options):
+    """Adds LoRA adapters with fp32 weights to the layers of `model` whose names end with one of `target_modules`.
 
     Autocast is off: frozen layers compute in their own dtype, and adapters cast their weights to the dtype of their
     input. Raises InputError, which names `flag`, if a target matches no layer.
     """
     names = [name for name, _ in model.named_modules()]
-    for target in targets:
+    for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in names):
             raise InputError(f"{flag}: no layer of {type(model).__name__} is called {target}")
     try:
-        model.add_adapter(LoraConfig(target_modules=list(targets), init_lora_weights="gaussian", **options))
+        model.add_adapter(LoraConfig(target_modules=list(target_modules), init_lora_weights="gaussian", **options))
     except ValueError as error:
-        raise InputError(f"{flag}: {' '.join(targets)}: {short_reason(error)}") from error
+        raise InputError(f"{flag}: {' '.join(target_modules)}: {short_reason(error)}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     # PEFT made the layers; only their arithmetic changes, so their class is exchanged
     for layer in (m for m in model.modules() if isinstance(m, lora.LoraLayer)):
         if type(layer) is lora.Linear and not layer.lora_variant:  # DoRA is a variant
-            layer.__class__ = FusedLora
+            layer.__class__ = sdxl_speed.FusedLora
             continue
         adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
         if all(type(linear) is torch.nn.Linear for linear in adapters):
             layer.cast_input_dtype_enabled = False
             for linear in adapters:
-                linear.__class__ = CastLinear
+                linear.__class__ = sdxl_speed.CastLinear
     return model.train()  # LoRA dropout and gradient checkpointing depend on it
 
 
+def adapter_options(args, name, model):
+    """Returns the options for the adapters of the UNet or, by the other flags, of a text encoder called `name`."""
+    kind = {"use_dora": args.use_dora, "use_rslora": args.use_rslora}
+    if name == "unet":
+        targets = args.lora_target_modules or TARGET_MODULES
+        return kind | {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": targets}
+    count = model.config.num_hidden_layers
+    if name == "text_encoder":  # SDXL reads its penultimate states: the last layer would get no gradient
+        count -= 1
+    layers = {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "layers_to_transform": list(range(count))}
+    return kind | {"r": args.text_encoder_rank, "lora_alpha": args.text_encoder_alpha} | layers
+
+
+def init_lora_options(args, file, name, model):
+    """Returns the options for adapters like those in `file`, the LoraFile of --init_lora.
+
+    Raises InputError if the file does not fit the model, or --lora_target_modules does not fit the file.
+    """
+    try:
+        options = sdxl_lora.adapter_options(file, name, model, args.use_rslora)
+    except InputError as error:
+        raise InputError(f"--init_lora: {error}") from error
+    names = sdxl_lora.find_layers(file, name, model).values()
+    targets = args.lora_target_modules
+    if name == "unet" and targets and not sdxl_lora.match_targets(model, names, targets):
+        raise InputError(f"--lora_target_modules: {' '.join(targets)} are not the layers of {file.path}; leave it out")
+    return options
+
+
+def freeze_last_layer(text_encoder):
+    """Freezes adapters in the last layer, which SDXL does not use. Files of kohya's scripts have some there."""
+    encoder = getattr(text_encoder, "text_model", text_encoder).encoder
+    encoder.layers[-1].requires_grad_(False)
+
+
 def add_adapters(args, models, seed):
-    """Adds adapters to the UNet and, with --train_text_encoder, both text encoders. Returns these models by name."""
+    """Adds adapters to the UNet and, with --train_text_encoder, both text encoders. Returns these models by name.
+
+    With --init_lora, they begin with the weights in that file.
+    """
     torch.manual_seed(seed)
-    kind = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "use_rslora": args.use_rslora}
-    unet_size = {"r": args.rank, "lora_alpha": args.lora_alpha}
-    add_adapter(models.unet, args.lora_target_modules, "--lora_target_modules", **unet_size, **kind)
+    file = sdxl_lora.read_lora_file(args.init_lora) if args.init_lora else None
     trained = {"unet": models.unet}
-    if not args.train_text_encoder:
-        return trained
-    encoder_size = {"r": args.text_encoder_rank, "lora_alpha": args.text_encoder_alpha}
-    targets = ("q_proj", "k_proj", "v_proj", "out_proj")
-    for name, encoder in zip(("text_encoder", "text_encoder_2"), models.text_encoders):
-        layers = encoder.config.num_hidden_layers
-        if name == "text_encoder":  # SDXL reads its penultimate states: the last layer would get no gradient
-            layers -= 1
-        layers = list(range(layers))
-        add_adapter(encoder, targets, "--train_text_encoder", layers_to_transform=layers, **encoder_size, **kind)
-        trained[name] = encoder
+    if args.train_text_encoder:
+        trained |= dict(zip(ENCODER_NAMES[args.stage], models.text_encoders))
+    for name, model in trained.items():
+        flag = "--lora_target_modules" if name == "unet" else "--train_text_encoder"
+        is_given = file is not None and name in file.parts
+        options = init_lora_options(args, file, name, model) if is_given else adapter_options(args, name, model)
+        add_adapter(model, flag, lora_dropout=args.lora_dropout, **options)
+        if is_given and model.device.type != "meta":
+            sdxl_lora.load_lora(file, name, model)
+    if "text_encoder" in trained:
+        freeze_last_layer(trained["text_encoder"])
     return trained
-
-
-# ---- speed and memory: nothing here changes the results, except for rounding
-
-
-class DequantizedProduct(torch.autograd.Function):
-    """Computes x W^T + b, where W is stored as int8 with one scale per row. Backward needs W but not x.
-
-    W has shape (out, in) and the scales have shape (out, 1). bitsandbytes' int8 layer would keep x in memory, even
-    with checkpointing, and would round x to int8 on CUDA.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, scale, bias):
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, scale = ctx.saved_tensors
-        return grad @ (weight.to(grad.dtype) * scale.to(grad.dtype)), None, None, None
-
-
-class Int8Linear(torch.nn.Linear):
-    """A frozen Linear with int8 weights and one scale per row."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        weight = linear.weight.detach().float()
-        self.register_buffer("scale", weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127)
-        self.weight = torch.nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return DequantizedProduct.apply(x, self.weight, self.scale, self.bias)
-
-
-def make_nf4_linear(linear, compute_dtype):
-    """Converts a linear layer to bitsandbytes' nf4 layer. Raises InputError if bitsandbytes cannot be imported."""
-    try:
-        import bitsandbytes.nn as bnb
-    except ImportError as error:
-        raise InputError(f"--base_precision: nf4 needs bitsandbytes, which does not load: {error}") from error
-    shape = (linear.in_features, linear.out_features, linear.bias is not None)
-    small = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
-    small.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    small.bias = linear.bias
-    small.support_avx512bf16_for_cpu = False  # in eval() it would repack the weights permanently, without gradient
-    return small
-
-
-def quantize_linears(model, precision, compute_dtype):
-    """Replaces each linear layer of `model` with an "nf4" (arXiv:2305.14314) or "int8" layer, as `precision` says."""
-    for parent in list(model.modules()):
-        for name, linear in parent.named_children():
-            if type(linear) is torch.nn.Linear:
-                small = Int8Linear(linear) if precision == "int8" else make_nf4_linear(linear, compute_dtype)
-                setattr(parent, name, small)
-
-
-class SdpaAttention(AttnProcessor2_0):
-    """diffusers' attention with one chosen PyTorch kernel. Recomputed activations use the same kernel."""
-
-    def __init__(self, backend):
-        super().__init__()
-        self.backend = backend
-
-    def __call__(self, *args, **kwargs):
-        with sdpa_kernel(self.backend):
-            return super().__call__(*args, **kwargs)
-
-
-def set_attention(unet, name):
-    """Sets the UNet's attention kernel to `name` and runs a small test. Raises InputError if the test fails."""
-    if name == "sdpa":
-        return
-    try:
-        if name == "xformers":
-            unet.enable_xformers_memory_efficient_attention()
-        else:
-            unet.set_attn_processor(SdpaAttention(SDPA_BACKENDS[name]))
-        options = {"device": unet.device, "dtype": unet.dtype}
-        attention = next(m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention)
-        x = torch.zeros(1, 16, attention.query_dim, requires_grad=True, **options)
-        attention(x, torch.zeros(1, 77, attention.cross_attention_dim, **options)).sum().backward()
-    except Exception as error:  # whatever the kernels and their packages raise
-        found = f"{name} does not run here, on {unet.device.type} in {unet.dtype}"
-        raise InputError(f"--attention_backend: {found}: {short_reason(error, 200)}") from error
-
-
-def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`. If it is "auto", returns the fastest mode that needs at most 80 % of the free GPU memory."""
-    if mode != "auto":
-        return mode
-    if device.type != "cuda":
-        return "none"
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] - reserved
-    needed = batch_size * resolution**2 / 1024**2 * dtype.itemsize / 2
-    return next((mode for mode, size in ACTIVATION_BYTES.items() if needed * size < 0.8 * free), "full")
-
-
-def set_checkpointing(unet, mode, dropout):
-    """Turns on activation checkpointing in the UNet. With `dropout`, recomputation repeats the dropout masks."""
-
-    def recompute(module, *inputs):
-        options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
-        return torch.utils.checkpoint.checkpoint(module.__call__, *inputs, **options)
-
-    unet.enable_gradient_checkpointing(recompute)
-    for module in unet.modules():
-        if mode == "blocks" and not isinstance(module, Transformer2DModel):
-            module.gradient_checkpointing = False
-
-
-def compile_blocks(unet):
-    """Compiles the UNet's transformer blocks, separately for each batch shape.
-
-    A kernel then depends only on the batch shape, so a resumed run uses the same kernels as before.
-    """
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.optimize_ddp = False  # it would split blocks whose gradients exceed a DDP bucket
-    try:
-        torch.compile(lambda x: x.sin() + x.cos())(torch.zeros(8, device=unet.device))
-    except Exception as error:  # whatever compilers raise
-        logger.warning("--compile: continuing uncompiled: %s", short_reason(error, 200))
-        return
-    torch._dynamo.config.suppress_errors = True  # a block that fails later runs uncompiled too
-    unet.compile_repeated_blocks(dynamic=False)
 
 
 def set_speed(args, models, trained, device):
     """Applies --attention_backend, --gradient_checkpointing and --compile."""
-    set_attention(models.unet, args.attention_backend)
+    sdxl_speed.set_attention(models.unet, args.attention_backend)
     size = models.unet.dtype, args.train_batch_size, args.resolution
-    mode = choose_checkpointing(args.gradient_checkpointing, device, *size)
-    if args.gradient_checkpointing == "auto":
-        logger.info("--gradient_checkpointing auto: %s", mode)
+    mode = sdxl_speed.choose_checkpointing(args.gradient_checkpointing, device, *size)
     if mode != "none":
-        set_checkpointing(models.unet, mode, dropout=args.lora_dropout > 0)
+        sdxl_speed.set_checkpointing(models.unet, mode, dropout=args.lora_dropout > 0)
         for name in trained.keys() - {"unet"}:
             trained[name].gradient_checkpointing_enable()
     if args.compile:
-        compile_blocks(models.unet)
+        sdxl_speed.compile_blocks(models.unet)
 
 
 # -----------------------------------------------------------------------------
@@ -1396,7 +1313,7 @@ def cache_text_embeddings(accelerator, models, dataset, folder):
     """Encodes all captions. Returns the EncodingCache."""
     ids, captions = (dataset.index.table.column(name).to_pylist() for name in ("image_id", "captions"))
     settings = [1, "text", fingerprint_parts(*models.text_encoders), str(models.text_encoders[0].dtype)]
-    settings += [models.stage, models.caption_chunks]
+    settings += [models.stage, models.caption_chunks, *models.merged_loras]
     cache_keys = [[image_id, *texts] for image_id, texts in zip(ids, captions)]
     cache = data.EncodingCache(folder, "--cache_text_embeddings", settings, cache_keys, [np.arange(len(ids))])
     fill_cache(accelerator, cache, partial(encode_texts, models, ids, captions, accelerator.device), "captions")
@@ -1603,7 +1520,7 @@ COMPARED_BY_CONTENT = ("global_batch", "dataset", "class_distribution", "base_mo
 def make_resume_signature(args, accelerator, index, mix):
     """Returns the values that must stay the same when a run is resumed.
 
-    They are the flags listed in MATHEMATICS, the precision, the global batch size and the data.
+    They are the flags listed in MATHEMATICS, the precision, the global batch size, the data, and the LoRA files.
     """
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
     signature = {name: getattr(args, name) for name in MATHEMATICS}
@@ -1611,6 +1528,8 @@ def make_resume_signature(args, accelerator, index, mix):
     signature["global_batch"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     signature["dataset"] = index.fingerprint()
     signature["class_distribution"] = f"{data.hash_text(distribution):016x}"
+    signature["init_lora"] = sdxl_lora.hash_file(sdxl_lora.find_lora(args.init_lora)) if args.init_lora else None
+    signature["merge_lora"] = sdxl_lora.list_merges(args.merge_lora) or None
     return json.loads(json.dumps(signature))  # as it will be read back: tuples are lists
 
 
@@ -1647,7 +1566,7 @@ def check_resume(saved, current, allow_batch_change=False):
 def lora_files(run):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
     scheduler = run.unwrapped.noise_scheduler.config
-    return sdxl_weights.lora_files(run.trained, run.args.stage, run.args.trigger_word, scheduler)
+    return sdxl_lora.lora_files(run.trained, run.args.stage, run.args.trigger_word, scheduler)
 
 
 def save_lora(run, folder):
@@ -1675,7 +1594,7 @@ def checkpoint_files(run):
 
 def load_checkpoint(run, folder):
     """Restores adapters, optimizer and gradient scaler from a checkpoint."""
-    sdxl_weights.load_adapter_state_dict(run.trained, safetensors.torch.load_file(folder / LORA_FILE))
+    sdxl_lora.load_adapter_state_dict(run.trained, safetensors.torch.load_file(folder / LORA_FILE))
     for name, part in {"optimizer.bin": run.optimizer, "scaler.pt": run.accelerator.scaler}.items():
         if part is not None:
             part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
@@ -1878,8 +1797,14 @@ def save_run(args, progress, index):
         "images": len(index),
         "run_id": progress.run_id,
     }
+    if args.init_lora:
+        facts["init_lora"] = {"file": args.init_lora, "sha256": progress.resume_signature["init_lora"]}
+    if args.merge_lora:
+        rows = zip(args.merge_lora, progress.resume_signature["merge_lora"])
+        facts["merge_lora"] = [{"file": file, "sha256": sha256, "scale": scale} for file, (sha256, scale) in rows]
     write_file(output_dir / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
-    for script in map(Path, (__file__, data.__file__, sdxl_weights.__file__)):
+    modules = (data, sdxl_lora, sdxl_single_file, sdxl_speed)
+    for script in map(Path, (__file__, *(module.__file__ for module in modules))):
         if script.resolve().parent != output_dir.resolve():  # it is there if the run's own copy is started
             shutil.copy(script, output_dir)
 
@@ -1894,25 +1819,31 @@ def save_model_card(args, metrics, index, scheduler=None):
     pipeline = "StableDiffusionXLPipeline" if args.stage == "base" else "StableDiffusionXLImg2ImgPipeline"
     parts = ""
     if args.text_encoder_2_lora:
-        parts = ", text_encoder_2=base.text_encoder_2)  # of the base pipeline with its LoRA"
+        parts = ", text_encoder_2=base.text_encoder_2"  # of the base pipeline with its LoRA
     on_hub = "" if Path(base_model).expanduser().exists() else f"base_model: {base_model}\n"  # the hub refuses a path
     trigger = f"instance_prompt: {json.dumps(args.trigger_word)}\n" if args.trigger_word else ""
     loader = "from_single_file" if Path(base_model).expanduser().is_file() else "from_pretrained"
     prompt = f"Prompts that use it begin with `{args.trigger_word}`.\n\n" if args.trigger_word else ""
+    more_code = sdxl_lora.scheduler_code(scheduler) + sdxl_lora.merge_code(args.merge_lora)
+    origin = f" Training began with the LoRA `{args.init_lora}`." if args.init_lora else ""
     card = f"""---
 {on_hub}{trigger}library_name: diffusers
 tags: [text-to-image, diffusers, lora, stable-diffusion-xl]
 ---
 # LoRA for {base_model}
 
-{picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.
+{picture}Trained on {len(index)} captioned images of {len(index.label_names)} classes; {numbers}.{origin}
 
 {prompt}```python
-pipeline = {pipeline}.{loader}("{base_model}"{parts or ")"}
-{sdxl_weights.scheduler_code(scheduler)}pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
+import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.{loader}("{base_model}", dtype=torch.float16{parts})
+{more_code}pipeline.load_lora_weights("PATH", weight_name="{LORA_FILE}")
+pipeline.to("cuda")
 ```
 
-`{sdxl_weights.KOHYA_FILE}` holds the same adapters for ComfyUI and A1111. Training flags:
+`{sdxl_lora.KOHYA_FILE}` holds the same adapters for ComfyUI and A1111. Training flags:
 
 ```yaml
 {flags}
@@ -1935,7 +1866,7 @@ def hub_repo(args):
 def push_to_hub(args):
     """Uploads the LoRA files, the model card, the samples and config.yaml, and nothing else."""
     api, repo_id = hub_repo(args)
-    files = [LORA_FILE, sdxl_weights.KOHYA_FILE, "README.md", "config.yaml"]
+    files = [LORA_FILE, sdxl_lora.KOHYA_FILE, "README.md", "config.yaml"]
     patterns = {
         "allow_patterns": [*files, "samples/step-*.png"],  # no other *, which would match / too: caches are in there
         "ignore_patterns": ["samples/*/*", "checkpoint-*/*", ".checkpoint-*/*"],
@@ -2486,8 +2417,8 @@ def estimate_resources(args, models, trained, device, images):
         saved = models.unet.dtype.itemsize - {"nf4": 0.56, "int8": 1.0}[args.base_precision]  # bytes per weight
         weights -= int(saved * sum(w.numel() for w in linears if not w.requires_grad))
     size = (models.unet.dtype, args.train_batch_size, args.resolution)
-    checkpointing = choose_checkpointing(args.gradient_checkpointing, device, *size, reserved=weights)
-    kept *= ACTIVATION_BYTES[checkpointing] / ACTIVATION_BYTES["none"]
+    checkpointing = sdxl_speed.choose_checkpointing(args.gradient_checkpointing, device, *size, reserved=weights)
+    kept *= sdxl_speed.ACTIVATION_BYTES[checkpointing] / sdxl_speed.ACTIVATION_BYTES["none"]
     moments = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[args.optimizer]  # bytes per parameter
     memory = {"frozen weights": weights, "adapters, gradients, optimizer": masters * (8 + moments)}
     memory["activations of the UNet"] = kept * args.train_batch_size
@@ -2770,27 +2701,38 @@ def check_world(accelerator):
         raise InputError(f"--num_processes: {found}; without a GPU set ACCELERATE_USE_CPU=true")
 
 
+def list_trackers(report_to):
+    """Returns the trackers that --report_to names. Raises InputError if the package is not installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    choices = {"all": installed, "none": [], **{name: [name] for name in installed}}
+    if report_to not in choices:
+        raise InputError(f"--report_to: {report_to} is not installed; found {', '.join(choices)}")
+    return choices[report_to]
+
+
+def set_deterministic(attention_backend):
+    """Makes PyTorch use deterministic CUDA kernels only. Raises InputError if the attention kernel is not one."""
+    if attention_backend == "cudnn":
+        raise InputError("--attention_backend: cudnn is not deterministic; give --no-deterministic or another one")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._inductor.config.deterministic = True
+
+
 def make_accelerator(args):
     """Returns an Accelerator with its trackers. Raises InputError if a flag does not work on this machine."""
     output_dir = Path(args.output_dir)
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    choices = {"all": installed, "none": [], **{name: [name] for name in installed}}
-    if args.report_to not in choices:
-        raise InputError(f"--report_to: {args.report_to} is not installed; found {', '.join(choices)}")
+    trackers = list_trackers(args.report_to)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     if args.deterministic and torch.cuda.is_available():
-        if args.attention_backend == "cudnn":
-            raise InputError("--attention_backend: cudnn is not deterministic; give --no-deterministic or another one")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch._inductor.config.deterministic = True
+        set_deterministic(args.attention_backend)
     logging_dir = str(output_dir / args.logging_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=[*choices[args.report_to], JsonlTracker(output_dir / "metrics.jsonl")],
+        log_with=[*trackers, JsonlTracker(output_dir / "metrics.jsonl")],
         project_config=accelerate_utils.ProjectConfiguration(project_dir=str(output_dir), logging_dir=logging_dir),
         kwargs_handlers=[
             accelerate_utils.AutocastKwargs(enabled=False),  # adapters cast themselves to the frozen models' dtype
@@ -2832,7 +2774,7 @@ def check_hub_model(args, flag):
     name = getattr(args, flag.removeprefix("--"))
     if not name or Path(name).expanduser().exists():
         return
-    revision = args.revision if flag == sdxl_weights.BASE_FLAG else None
+    revision = args.revision if flag == sdxl_single_file.BASE_FLAG else None
     options = {"cache_dir": args.cache_dir, "revision": revision}
     is_cached = False
     try:
@@ -2864,7 +2806,7 @@ def check_wandb_login():
 
 def check_services(args, trackers):
     """Raises InputError if a model cannot be had, or W&B or the hub rejects the run. Creates the hub repository."""
-    for flag in sdxl_weights.NEEDED_PARTS:
+    for flag in sdxl_single_file.NEEDED_PARTS:
         check_hub_model(args, flag)
     if args.dry_run:
         return
@@ -2949,7 +2891,7 @@ def prepare_for_training(args, accelerator, models, progress):
     """Adds adapters and DDP. Returns the values of Run.models, Run.trained and Run.optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
-        quantize_linears(models.unet, args.base_precision, weight_dtype)
+        sdxl_speed.quantize_linears(models.unet, args.base_precision, weight_dtype)
     models.unet.to(accelerator.device)
     if args.stage == "refiner" and (args.validation_prompt or args.validation_prompts):
         models.base_pipeline = load_base_pipeline(args, models, weight_dtype)

@@ -37,7 +37,8 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
-import sdxl_weights
+import sdxl_single_file
+import sdxl_speed
 
 CACHES = ["--cache_latents", "--cache_text_embeddings"]
 VARIANTS = {
@@ -158,7 +159,7 @@ def make_sdxl(folder, dtype):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     size = {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
     size |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    configs = sdxl_weights.SDXL_CONFIGS
+    configs = sdxl_single_file.SDXL_CONFIGS
     first = CLIPTextConfig(**configs["text_encoder"] | size)
     second = CLIPTextConfig(**configs["text_encoder_2"] | size)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -226,13 +227,13 @@ def make_lora_unet(args):
     import train_sdxl_lora as trainer
 
     diffusers.logging.set_verbosity_error()
-    config = sdxl_weights.SDXL_CONFIGS["unet"]
+    config = sdxl_single_file.SDXL_CONFIGS["unet"]
     if args.model != "sdxl":
         config = trainer.UNet2DConditionModel.load_config(ROOT / "demo/sdxl/unet")
     with torch.device("meta"):
         unet = trainer.UNet2DConditionModel.from_config(config).to(trainer.weight_dtype_of(args.precision))
         unet.requires_grad_(False)
-        trainer.add_adapter(unet, ("to_q", "to_k", "to_v", "to_out.0"), "--rank", r=args.rank, lora_alpha=args.rank)
+        trainer.add_adapter(unet, "--rank", ("to_q", "to_k", "to_v", "to_out.0"), r=args.rank, lora_alpha=args.rank)
     return unet
 
 
@@ -325,7 +326,7 @@ def simulate_memory(args, checkpointing, batch):
                 empty = torch.empty(p.shape, dtype=p.dtype)
                 module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=p.requires_grad))
         if checkpointing != "none":
-            trainer.set_checkpointing(unet, checkpointing, dropout=False)
+            sdxl_speed.set_checkpointing(unet, checkpointing, dropout=False)
         masters = [p for p in unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(masters, fused=True)
         config = unet.config

@@ -30,7 +30,9 @@ SCRIPTS = {"train": "train_sdxl_lora.py", "hpo": "hpo_sweep.py", "evaluate": "ev
 SENT = (
     *SCRIPTS.values(),
     "sdxl_data.py",
-    "sdxl_weights.py",
+    "sdxl_lora.py",
+    "sdxl_single_file.py",
+    "sdxl_speed.py",
     "requirements.txt",
     "accelerate_configs",
     "sagemaker/entry.py",

@@ -16,11 +16,12 @@ from harness import ROOT, SDXL, assert_ok, run_trainer
 import evaluate
 import hpo_sweep
 import sdxl_data
-import sdxl_weights
+import sdxl_lora
+import sdxl_single_file
 import train_sdxl_lora as trainer
 
 REFINER = ROOT / "demo/refiner/unet"
-BASE, VAE, REFINER_FLAG = sdxl_weights.NEEDED_PARTS
+BASE, VAE, REFINER_FLAG = sdxl_single_file.NEEDED_PARTS
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def assert_equal_tensors(a, b):
 
 
 def test_every_tensor_of_a_base_model_returns_in_its_own_precision(checkpoint, tmp_path):
-    folder = Path(sdxl_weights.find_snapshot(BASE, str(checkpoint), tmp_path, SDXL))
+    folder = Path(sdxl_single_file.find_snapshot(BASE, str(checkpoint), tmp_path, SDXL))
     assert folder.parent == tmp_path / "snapshots"
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert_equal_tensors(original.load_part(folder / part), original.load_part(SDXL / part))
@@ -67,7 +68,7 @@ def test_the_scheduler_of_the_config_folder_is_kept(checkpoint, tmp_path):
     shutil.copytree(SDXL, config, ignore=shutil.ignore_patterns("*.safetensors", "model_index.json"))
     values = json.loads((config / "scheduler/scheduler_config.json").read_text())
     (config / "scheduler/scheduler_config.json").write_text(json.dumps(values | {"_class_name": "DDIMScheduler"}))
-    folder = sdxl_weights.find_snapshot(BASE, str(checkpoint), tmp_path, config)
+    folder = sdxl_single_file.find_snapshot(BASE, str(checkpoint), tmp_path, config)
     pipeline = trainer.diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
 
@@ -75,13 +76,15 @@ def test_the_scheduler_of_the_config_folder_is_kept(checkpoint, tmp_path):
 def test_a_vae_and_a_refiner_are_converted_too(tmp_path):
     for prefix in ("", "first_stage_model."):
         file = original.write(tmp_path / f"vae{prefix}.safetensors", original.original_vae(SDXL / "vae", prefix))
-        folder = Path(sdxl_weights.find_snapshot(VAE, str(file), tmp_path, SDXL))
+        folder = Path(sdxl_single_file.find_snapshot(VAE, str(file), tmp_path, SDXL))
         assert_equal_tensors(original.load_part(folder), original.load_part(SDXL / "vae"))
     shutil.copy(next(REFINER.glob("*.safetensors")), tmp_path / "diffusers.safetensors")  # diffusers' own names
-    folder = Path(sdxl_weights.find_snapshot(REFINER_FLAG, str(tmp_path / "diffusers.safetensors"), tmp_path, SDXL))
+    folder = Path(
+        sdxl_single_file.find_snapshot(REFINER_FLAG, str(tmp_path / "diffusers.safetensors"), tmp_path, SDXL)
+    )
     assert_equal_tensors(original.load_part(folder / "unet"), original.load_part(REFINER))
     file = original.write(tmp_path / "refiner.safetensors", original.original_unet(REFINER))
-    folder = Path(sdxl_weights.find_snapshot(REFINER_FLAG, str(file), tmp_path, SDXL))
+    folder = Path(sdxl_single_file.find_snapshot(REFINER_FLAG, str(file), tmp_path, SDXL))
     assert_equal_tensors(original.load_part(folder / "unet"), original.load_part(REFINER))
 
 
@@ -108,13 +111,13 @@ def test_two_processes_convert_a_file_once(flags, checkpoint, tmp_path):
 
 
 def test_a_killed_conversion_is_done_again_and_two_at_once_are_one(checkpoint, tmp_path, monkeypatch):
-    name = sdxl_weights.snapshot_name(BASE, checkpoint, SDXL)
+    name = sdxl_single_file.snapshot_name(BASE, checkpoint, SDXL)
     (tmp_path / "snapshots" / f"{name}.partial" / "unet").mkdir(parents=True)
     calls = []
-    convert = sdxl_weights.convert_checkpoint
-    monkeypatch.setattr(sdxl_weights, "convert_checkpoint", lambda *words: (calls.append(1), convert(*words)))
+    convert = sdxl_single_file.convert_checkpoint
+    monkeypatch.setattr(sdxl_single_file, "convert_checkpoint", lambda *words: (calls.append(1), convert(*words)))
     threads = [
-        threading.Thread(target=sdxl_weights.find_snapshot, args=(BASE, str(checkpoint), tmp_path, SDXL))
+        threading.Thread(target=sdxl_single_file.find_snapshot, args=(BASE, str(checkpoint), tmp_path, SDXL))
         for _ in range(2)
     ]
     for thread in threads:
@@ -129,29 +132,32 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sdxl_weights, "save_part", fail)
+    monkeypatch.setattr(sdxl_single_file, "save_part", fail)
     with pytest.raises(sdxl_data.InputError, match=f"{BASE}: .*No space left on device"):
-        sdxl_weights.find_snapshot(BASE, str(checkpoint), tmp_path, SDXL)
+        sdxl_single_file.find_snapshot(BASE, str(checkpoint), tmp_path, SDXL)
     assert [path.suffix for path in (tmp_path / "snapshots").iterdir()] == [".lock"]
 
 
 def test_another_file_or_configuration_is_another_snapshot(checkpoint, tmp_path):
-    names = {sdxl_weights.snapshot_name(BASE, checkpoint, SDXL), sdxl_weights.snapshot_name(BASE, checkpoint, None)}
-    names.add(sdxl_weights.snapshot_name(VAE, checkpoint, SDXL))
+    names = {
+        sdxl_single_file.snapshot_name(BASE, checkpoint, SDXL),
+        sdxl_single_file.snapshot_name(BASE, checkpoint, None),
+    }
+    names.add(sdxl_single_file.snapshot_name(VAE, checkpoint, SDXL))
     copy = tmp_path / "copy.safetensors"
     shutil.copy2(checkpoint, copy)
-    assert sdxl_weights.snapshot_name(BASE, copy, SDXL) in names
+    assert sdxl_single_file.snapshot_name(BASE, copy, SDXL) in names
     os.utime(copy, (1, 1))
-    names.add(sdxl_weights.snapshot_name(BASE, copy, SDXL))
+    names.add(sdxl_single_file.snapshot_name(BASE, copy, SDXL))
     config = tmp_path / "config"
     shutil.copytree(SDXL, config)
     (config / "vae/config.json").write_text("{}")
-    names.add(sdxl_weights.snapshot_name(BASE, checkpoint, config))
+    names.add(sdxl_single_file.snapshot_name(BASE, checkpoint, config))
     assert len(names) == 5
 
 
 def test_without_a_config_folder_a_file_has_sdxls_own_configurations(tmp_path):
-    sdxl_weights.write_configs(tmp_path, set(), None)
+    sdxl_single_file.write_configs(tmp_path, set(), None)
     tokenizers = [trainer.CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2")]
     for tokenizer in tokenizers:
         assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -162,7 +168,7 @@ def test_without_a_config_folder_a_file_has_sdxls_own_configurations(tmp_path):
         unet = trainer.UNet2DConditionModel.from_config(config)
         refiner = trainer.UNet2DConditionModel.from_config(
             config
-            | sdxl_weights.REFINER_UNET
+            | sdxl_single_file.REFINER_UNET
             | {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560}
         )
         vae = trainer.AutoencoderKL.from_config(trainer.AutoencoderKL.load_config(tmp_path / "vae"))
@@ -180,7 +186,7 @@ def test_without_a_config_folder_a_file_has_sdxls_own_configurations(tmp_path):
 def test_the_tokenizer_is_clips_own(text):
     import open_clip
 
-    tokenizer = sdxl_weights.make_tokenizer("<|endoftext|>")
+    tokenizer = sdxl_single_file.make_tokenizer("<|endoftext|>")
     assert tokenizer(text).input_ids[1:-1] == open_clip.SimpleTokenizer().encode(text)
 
 
@@ -243,26 +249,26 @@ def test_the_command_in_the_refusal_of_a_pickle_converts_it(flags, tmp_path, cap
 
 def test_tensors_that_are_missing_or_of_other_sizes_are_an_error_in_one_line(checkpoint, tmp_path):
     with pytest.raises(sdxl_data.InputError, match="if its sizes differ from SDXL's, give --single_file_config"):
-        sdxl_weights.find_snapshot(BASE, str(checkpoint), tmp_path)
+        sdxl_single_file.find_snapshot(BASE, str(checkpoint), tmp_path)
     tensors = original.original_checkpoint(SDXL)
     del tensors["model.diffusion_model.middle_block.1.norm.weight"]
     file = original.write(tmp_path / "x.safetensors", tensors)
     with pytest.raises(sdxl_data.InputError, match="tensors of its UNet are missing"):
-        sdxl_weights.find_snapshot(BASE, str(file), tmp_path, SDXL)
+        sdxl_single_file.find_snapshot(BASE, str(file), tmp_path, SDXL)
     for prefix, part in (("conditioner.embedders.0.", "first"), ("conditioner.embedders.1.", "second")):
         tensors = original.original_checkpoint(SDXL)
         last = max(name for name in tensors if name.startswith(prefix) and name.endswith("weight"))
         del tensors[last]
         file = original.write(tmp_path / f"{part}.safetensors", tensors)
         with pytest.raises(sdxl_data.InputError, match=f"tensors of its {part} text encoder are missing"):
-            sdxl_weights.find_snapshot(BASE, str(file), tmp_path, SDXL)
+            sdxl_single_file.find_snapshot(BASE, str(file), tmp_path, SDXL)
 
 
 @pytest.mark.parametrize("field, value", [("modelspec.prediction_type", "v"), ("modelspec.predict_key", "v")])
 def test_a_header_that_names_v_prediction_counts_too(tmp_path, field, value):
     for metadata, expected in (({field: value}, {"v_pred"}), ({field: "epsilon"}, set()), (None, set())):
         trainer.safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata)
-        assert sdxl_weights.read_markers(tmp_path / "a.safetensors") == expected
+        assert sdxl_single_file.read_markers(tmp_path / "a.safetensors") == expected
 
 
 def v_prediction_snapshot(folder):
@@ -283,7 +289,7 @@ def test_v_prediction_and_zero_snr_are_read_from_the_file(flags, tmp_path, offli
     b = assert_ok(run_trainer(with_file(argv, marked), tmp_path / "b"))
     assert_same_run(a, b, step=4)
     assert (tmp_path / "a/samples/step-4.png").read_bytes() == (tmp_path / "b/samples/step-4.png").read_bytes()
-    for name in (sdxl_data.LORA_FILE, sdxl_weights.KOHYA_FILE):
+    for name in (sdxl_data.LORA_FILE, sdxl_lora.KOHYA_FILE):
         with trainer.safetensors.safe_open(tmp_path / "b" / name, "np") as file:
             metadata = file.metadata()
         assert metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"

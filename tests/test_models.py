@@ -11,6 +11,7 @@ from harness import SDXL
 from peft import LoraConfig
 
 import sdxl_data
+import sdxl_speed
 import train_sdxl_lora as trainer
 
 
@@ -37,7 +38,7 @@ def pair(seed, **config):
     base = Stack().requires_grad_(False)
     base.load_state_dict({k: v.bfloat16().float() for k, v in base.state_dict().items()})  # the same in both dtypes
     ours, stock = copy.deepcopy(base), copy.deepcopy(base)
-    trainer.add_adapter(ours, TARGETS, "--lora_target_modules", **CONFIG, **config)
+    trainer.add_adapter(ours, "--lora_target_modules", TARGETS, **CONFIG, **config)
     stock.add_adapter(LoraConfig(target_modules=TARGETS, **CONFIG, **config))
     for name, parameter in adapters(ours).items():
         parameter.data.normal_(std=0.2)
@@ -88,7 +89,7 @@ def test_adapters_compute_in_fp32_what_stock_peft_does(config):
     """DoRA to the bit; the others sum in the product's kernel, no further from float64 than PEFT."""
     ours, stock = pair(0, **config)
     x, weights = batch(1)
-    kind = trainer.CastLinear if "use_dora" in config else trainer.FusedLora
+    kind = sdxl_speed.CastLinear if "use_dora" in config else sdxl_speed.FusedLora
     assert any(isinstance(m, kind) for m in ours.modules())
     found, theirs = ([model(x), gradients(model, x, weights)] for model in (ours, stock))
     if "use_dora" in config:
@@ -132,7 +133,7 @@ def test_a_fresh_adapter_changes_nothing_and_one_seed_gives_one_adapter(args):
     base = Stack().requires_grad_(False)
     x, _ = batch(0)
     before = base(x)
-    trainer.add_adapter(base, TARGETS, "--lora_target_modules", **CONFIG)
+    trainer.add_adapter(base, "--lora_target_modules", TARGETS, **CONFIG)
     assert torch.equal(base(x), before)
     first, again, other = (
         torch.cat([p.flatten() for p in adapters(trainer.add_adapters(args, load(args), seed)["unet"]).values()])

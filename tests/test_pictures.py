@@ -10,7 +10,7 @@ from harness import ROOT, SDXL
 from PIL import Image
 
 import evaluate
-import sdxl_weights
+import sdxl_lora
 import train_sdxl_lora as trainer
 
 CLIP = f"local-dir:{ROOT / 'demo/clip'}"
@@ -112,7 +112,7 @@ def test_a_lora_has_the_strength_of_lora_scale(parse, flags, tmp_path):
     args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path]])
     models = trainer.load_models(args, torch.float32, CPU)
     adapters = trainer.add_adapters(args, models, 0)
-    for name, write in sdxl_weights.lora_files(adapters, "base", None, models.noise_scheduler.config).items():
+    for name, write in sdxl_lora.lora_files(adapters, "base", None, models.noise_scheduler.config).items():
         write(tmp_path / name)
     scales = {}
     for strength in (1.0, 0.25):

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from harness import ROOT, SDXL, assert_ok, run_trainer
 
-import sdxl_weights
+import sdxl_lora
 import train_sdxl_lora as trainer
 
 
@@ -100,7 +100,7 @@ def test_only_the_files_of_the_lora_are_uploaded(flags, tmp_path, monkeypatch):
     assert created == {"exist_ok": True, "private": True}
     patterns = {name: uploaded[name] for name in ("allow_patterns", "ignore_patterns")}
     sent = sorted(huggingface_hub.utils.filter_repo_objects(written, **patterns))
-    expected = [trainer.LORA_FILE, sdxl_weights.KOHYA_FILE, "README.md", "config.yaml", "samples/step-4.png"]
+    expected = [trainer.LORA_FILE, sdxl_lora.KOHYA_FILE, "README.md", "config.yaml", "samples/step-4.png"]
     assert sent == sorted(expected)
     args.hub_model_id = "read-only"
     with pytest.raises(trainer.TrainingError, match="403 Forbidden; the LoRA is in .*run; `hf upload` sends it"):

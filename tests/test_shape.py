@@ -15,7 +15,9 @@ from harness import ROOT
 MAX_LINES = {
     "train_sdxl_lora.py": 3100,
     "sdxl_data.py": 1700,
-    "sdxl_weights.py": 900,
+    "sdxl_single_file.py": 600,
+    "sdxl_lora.py": 600,
+    "sdxl_speed.py": 400,
     "evaluate.py": 1400,
     "hpo_sweep.py": 1400,
 }
@@ -24,12 +26,15 @@ SECTIONS = [
     *("Arguments", "Models and LoRA", "Data", "Encoding", "Loss", "Optimizer", "Checkpoints", "Validation"),
     *("Train loop", "Preview", "Process, log, errors", "Main"),
 ]
+PARTS = {"sdxl_data", "sdxl_single_file", "sdxl_lora", "sdxl_speed"}
 MAY_IMPORT = {
     "sdxl_data": set(),
-    "sdxl_weights": {"sdxl_data"},
-    "train_sdxl_lora": {"sdxl_data", "sdxl_weights"},
-    "evaluate": {"sdxl_data", "sdxl_weights", "train_sdxl_lora"},
-    "hpo_sweep": {"sdxl_data", "sdxl_weights", "train_sdxl_lora", "evaluate"},
+    "sdxl_single_file": {"sdxl_data"},
+    "sdxl_lora": {"sdxl_data", "sdxl_single_file"},
+    "sdxl_speed": {"sdxl_data", "sdxl_single_file"},
+    "train_sdxl_lora": PARTS,
+    "evaluate": PARTS | {"train_sdxl_lora"},
+    "hpo_sweep": PARTS | {"train_sdxl_lora", "evaluate"},
 }
 BLOCKS = (
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.If, ast.For, ast.AsyncFor, ast.While),

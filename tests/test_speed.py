@@ -20,6 +20,7 @@ from harness import SDXL, assert_ok, run_trainer, start_trainer
 from hooks import die_in_micro_step
 from shards import edit_shard
 
+import sdxl_speed
 import train_sdxl_lora as trainer
 
 CACHES = ["--cache_latents", "--cache_text_embeddings", "--crop", "center"]
@@ -359,19 +360,19 @@ def test_kernels_that_do_not_run_here_are_refused_by_name(flags, tmp_path, name)
 
 def test_checkpointing_recomputes_what_it_says_and_auto_takes_the_least(monkeypatch):
     unet = trainer.UNet2DConditionModel.from_pretrained(SDXL, subfolder="unet")
-    trainer.set_checkpointing(unet, "blocks", dropout=False)
+    sdxl_speed.set_checkpointing(unet, "blocks", dropout=False)
     recomputed = {type(m).__name__ for m in unet.modules() if getattr(m, "gradient_checkpointing", False)}
     assert recomputed == {"Transformer2DModel"}
-    trainer.set_checkpointing(unet, "full", dropout=False)
+    sdxl_speed.set_checkpointing(unet, "full", dropout=False)
     assert "UpBlock2D" in {type(m).__name__ for m in unet.modules() if getattr(m, "gradient_checkpointing", False)}
-    assert trainer.choose_checkpointing("auto", torch.device("cpu"), torch.bfloat16, 4, 1024) == "none"
+    assert sdxl_speed.choose_checkpointing("auto", torch.device("cpu"), torch.bfloat16, 4, 1024) == "none"
     for free, batch, wanted in ((80e9, 4, "none"), (20e9, 4, "blocks"), (20e9, 2, "none"), (4e9, 4, "full")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80e9))
         for dtype, images, reserved in ((torch.bfloat16, batch, 0), (torch.float32, batch / 2, 0)):
-            found = trainer.choose_checkpointing("auto", torch.device("cuda"), dtype, images, 1024, reserved)
+            found = sdxl_speed.choose_checkpointing("auto", torch.device("cuda"), dtype, images, 1024, reserved)
             assert found == wanted
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 80e9))
-    assert trainer.choose_checkpointing("auto", torch.device("cuda"), torch.bfloat16, 2, 1024, 10e9) == "blocks"
+    assert sdxl_speed.choose_checkpointing("auto", torch.device("cuda"), torch.bfloat16, 2, 1024, 10e9) == "blocks"
 
 
 def test_a_quantized_base_is_small_and_only_its_linear_layers_are():
@@ -379,7 +380,7 @@ def test_a_quantized_base_is_small_and_only_its_linear_layers_are():
     sizes = {}
     for precision in ("nf4", "int8"):
         copy = trainer.UNet2DConditionModel.from_pretrained(SDXL, subfolder="unet")
-        trainer.quantize_linears(copy, precision, torch.float32)
+        sdxl_speed.quantize_linears(copy, precision, torch.float32)
         copy.to("cpu")
         linears = [m for m in copy.modules() if isinstance(m, torch.nn.Linear)]
         assert {m.weight.dtype for m in linears} == {{"nf4": torch.uint8, "int8": torch.int8}[precision]}
@@ -392,7 +393,7 @@ def test_a_quantized_base_is_small_and_only_its_linear_layers_are():
 def test_an_int8_layer_keeps_nothing_of_its_input_and_has_the_gradient_of_its_weights():
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(48, 32), torch.randn(5, 7, 48, requires_grad=True)
-    small, kept = trainer.Int8Linear(linear), []
+    small, kept = sdxl_speed.Int8Linear(linear), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         output = small(x)
     assert {t.data_ptr() for t in kept} == {small.weight.data_ptr(), small.scale.data_ptr()}

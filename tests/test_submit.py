@@ -131,7 +131,9 @@ def test_the_request_field_by_field(aws, mode, count, spot):
     files = {
         "train_sdxl_lora.py",
         "sdxl_data.py",
-        "sdxl_weights.py",
+        "sdxl_lora.py",
+        "sdxl_single_file.py",
+        "sdxl_speed.py",
         "hpo_sweep.py",
         "evaluate.py",
         "requirements.txt",

@@ -144,7 +144,7 @@ def test_the_model_card_names_a_base_model_of_the_hub_and_the_refiners_text_enco
         trainer.save_model_card(args, {"step": 1}, namedtuple("Index", "label_names")(["a"]))
         card = (tmp_path / "README.md").read_text()
         assert f"base_model: stabilityai/{name}\n" in card
-        assert (f'from_pretrained("stabilityai/{name}")\n' in card) == (name == "base")
+        assert (f'from_pretrained("stabilityai/{name}", dtype=torch.float16)\n' in card) == (name == "base")
         assert ("text_encoder_2=base.text_encoder_2)" in card) == (name == "refiner")
 
 

@@ -171,7 +171,7 @@ def full_size_unet(dtype=torch.bfloat16):
     }  # fmt: skip
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).requires_grad_(False).to(dtype)
-    return trainer.add_adapter(unet, ["to_q", "to_k", "to_v", "to_out.0"], "--x", r=64, lora_alpha=64)
+    return trainer.add_adapter(unet, "--x", ["to_q", "to_k", "to_v", "to_out.0"], r=64, lora_alpha=64)
 
 
 @pytest.mark.slow

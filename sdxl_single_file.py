@@ -1,34 +1,29 @@
-"""Read and write SDXL model files in other programs' formats: single-file checkpoints and LoRA files.
+"""Convert a checkpoint in one .safetensors file, as on Civitai, to a snapshot in diffusers' layout.
 
 The sections; each calls only what is above it:
-     1 Checkpoint files   one .safetensors file, as on Civitai, becomes a snapshot in diffusers' layout
-     2 LoRA files         in diffusers' format, and in kohya's for ComfyUI and A1111
-train_sdxl_lora.py and evaluate.py import this file; it imports only sdxl_data.py. torch, diffusers and
-transformers are slow to import, so functions import them, after the flags have been checked.
+     1 Configurations    SDXL's own, and CLIP's tokenizers
+     2 Checks            what a file holds, before anything is loaded
+     3 Conversion        file → CACHE_DIR/snapshots/HASH, once
+train_sdxl_lora.py and evaluate.py import this file; it imports only sdxl_data.py. torch, diffusers and transformers
+are slow to import, so functions import them, after the flags have been checked.
 """
 
 import gzip
 import importlib.util
 import json
 import logging
-import math
 import os
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 
 import filelock
 import safetensors
 
 import sdxl_data as data
-from sdxl_data import LORA_FILE, InputError
+from sdxl_data import InputError
 
-logger = logging.getLogger("train_sdxl_lora.weights")
-
-# -----------------------------------------------------------------------------
-# 1 Checkpoint files
-# -----------------------------------------------------------------------------
+logger = logging.getLogger("train_sdxl_lora.single_file")
 
 CONVERTER_VERSION = 1  # part of a snapshot's name in the cache: raise it when the conversion changes
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -49,6 +44,10 @@ SNAPSHOT_PARTS = (*FOLDERS.values(), "tokenizer", "tokenizer_2", "scheduler")
 BASE_FLAG = "--pretrained_model_name_or_path"
 # flag → parts that its checkpoint file must contain
 NEEDED_PARTS = {BASE_FLAG: list(PREFIXES), "--pretrained_vae_model_name_or_path": ["VAE"], "--refiner_unet": ["UNet"]}
+
+# -----------------------------------------------------------------------------
+# 1 Configurations
+# -----------------------------------------------------------------------------
 
 # The configurations of stabilityai/stable-diffusion-xl-base-1.0: only the values that differ from the classes' own.
 CLIP_TOKENS = {
@@ -136,6 +135,69 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+def make_tokenizer(pad_token):
+    """Returns CLIP's tokenizer, built from the merges that open_clip_torch ships. Raises InputError without them."""
+    from transformers import CLIPTokenizer
+
+    package = importlib.util.find_spec("open_clip")
+    path = package and Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    if not path or not path.is_file():
+        raise InputError("CLIP's vocabulary is missing; install open_clip_torch or give --single_file_config")
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    # the printable bytes stand for themselves, the others for the characters from 256 on
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
+
+
+def write_json(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def write_sdxl_configs(folder):
+    """Writes SDXL's own configurations and tokenizers."""
+    for part, config in SDXL_CONFIGS.items():
+        write_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
+    for part, pad_token in {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}.items():
+        make_tokenizer(pad_token).save_pretrained(folder / part)
+
+
+def copy_configs(source, folder):
+    """Copies a snapshot without its weights."""
+    weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.index.json", "*.msgpack")
+    for part in SNAPSHOT_PARTS:
+        shutil.copytree(source / part, folder / part, ignore=weights)
+
+
+def write_configs(folder, markers, config_folder):
+    """Writes all of a snapshot but its weights: SDXL's own configurations, or copies from `config_folder`.
+
+    `markers` comes from read_markers and changes the scheduler's configuration.
+    """
+    if config_folder is None:
+        write_sdxl_configs(folder)
+    else:
+        copy_configs(config_folder, folder)
+    path = folder / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    write_json(folder / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", config["_class_name"]]})
+    if "v_pred" in markers:
+        config["prediction_type"] = "v_prediction"
+    if "ztsnr" in markers:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    write_json(path, config)
+
+
+# -----------------------------------------------------------------------------
+# 2 Checks
+# -----------------------------------------------------------------------------
 
 
 def short_reason(error, length=300):
@@ -262,62 +324,9 @@ def check_model_flags(args):
         check_config_folder(args, files)
 
 
-def make_tokenizer(pad_token):
-    """Returns CLIP's tokenizer, built from the merges that open_clip_torch ships. Raises InputError without them."""
-    from transformers import CLIPTokenizer
-
-    package = importlib.util.find_spec("open_clip")
-    path = package and Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
-    if not path or not path.is_file():
-        raise InputError("CLIP's vocabulary is missing; install open_clip_torch or give --single_file_config")
-    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    # the printable bytes stand for themselves, the others for the characters from 256 on
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
-
-
-def write_json(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def write_sdxl_configs(folder):
-    """Writes SDXL's own configurations and tokenizers."""
-    for part, config in SDXL_CONFIGS.items():
-        write_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
-    for part, pad_token in {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}.items():
-        make_tokenizer(pad_token).save_pretrained(folder / part)
-
-
-def copy_configs(source, folder):
-    """Copies a snapshot without its weights."""
-    weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.index.json", "*.msgpack")
-    for part in SNAPSHOT_PARTS:
-        shutil.copytree(source / part, folder / part, ignore=weights)
-
-
-def write_configs(folder, markers, config_folder):
-    """Writes all of a snapshot but its weights: SDXL's own configurations, or copies from `config_folder`.
-
-    `markers` comes from read_markers and changes the scheduler's configuration.
-    """
-    if config_folder is None:
-        write_sdxl_configs(folder)
-    else:
-        copy_configs(config_folder, folder)
-    path = folder / "scheduler/scheduler_config.json"
-    config = json.loads(path.read_text())
-    write_json(folder / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", config["_class_name"]]})
-    if "v_pred" in markers:
-        config["prediction_type"] = "v_prediction"
-    if "ztsnr" in markers:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    write_json(path, config)
+# -----------------------------------------------------------------------------
+# 3 Conversion
+# -----------------------------------------------------------------------------
 
 
 def unet_config(tensors, config):
@@ -455,146 +464,3 @@ def find_snapshot(flag, name, cache_dir, config_folder=None):
         remedy = "if its sizes differ from SDXL's, give --single_file_config"
         raise InputError(f"{flag}: {path}: {short_reason(error)}; {remedy}") from error
     return str(folder)
-
-
-# -----------------------------------------------------------------------------
-# 2 LoRA files
-# -----------------------------------------------------------------------------
-
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the same adapters for ComfyUI and A1111; LORA_FILE: diffusers
-KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-
-
-def adapter_state_dict(trained):
-    """Returns fp32 copies of the adapter tensors with diffusers' keys. Keys of text encoders contain `text_model.`."""
-    import torch
-    from peft import get_peft_model_state_dict
-
-    state = {}
-    for name, model in trained.items():
-        for key, tensor in get_peft_model_state_dict(model).items():
-            if name != "unet":
-                key = "text_model." + key.removeprefix("text_model.")
-                # transformers reads DoRA's magnitudes under this name
-                key = key.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")
-            state[f"{name}.{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    return state
-
-
-def load_adapter_state_dict(trained, state):
-    """Loads tensors from adapter_state_dict into the models. Raises ValueError if a key is missing or unknown."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    for name, model in trained.items():
-        own = {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
-        own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
-        if not hasattr(model, "text_model"):  # flattened in newer transformers
-            own = {k.removeprefix("text_model."): v for k, v in own.items()}
-        expected = set(get_peft_model_state_dict(model))
-        if set(own) != expected:
-            raise ValueError(f"{name}: adapter tensors differ, e.g. {sorted(set(own) ^ expected)[:2]}")
-        set_peft_model_state_dict(model, own)
-
-
-def adapter_metadata(trained):
-    """Returns the adapters' settings, such as rank and alpha, as diffusers expects them in a LoRA file's header."""
-    fields = "r lora_alpha lora_dropout target_modules use_dora use_rslora layers_to_transform".split()
-    metadata = {}
-    for name, model in trained.items():
-        for key in fields:
-            value = getattr(model.peft_config["default"], key)
-            if value is not None:
-                metadata[f"{name}.{key}"] = sorted(value) if isinstance(value, (set, list)) else value
-    return metadata
-
-
-def kohya_state_dict(trained, adapters):
-    """Returns the tensors of adapter_state_dict under kohya's key names, which ComfyUI and A1111 read.
-
-    Adds an alpha for each layer. These programs scale by alpha / rank, but rsLoRA scales by alpha / sqrt(rank). For
-    rsLoRA, alpha * sqrt(rank) is stored instead.
-    """
-    import torch
-
-    renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-    renamed["lora_magnitude_vector"] = "dora_scale"
-    state = {}
-    for key, tensor in adapters.items():
-        name, _, rest = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".")
-        suffix = next(s for s in renamed if rest.endswith(s))
-        layer = f"{KOHYA_PREFIXES[name]}_{rest.removesuffix('.' + suffix).replace('.', '_')}"
-        config = trained[name].peft_config["default"]
-        alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
-        state[f"{layer}.{renamed[suffix]}"] = tensor[:, None] if suffix == "lora_magnitude_vector" else tensor
-        state[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    return state
-
-
-def describe_objective(scheduler):
-    """Returns the LoRA header entries for v-prediction and zero terminal SNR; empty if neither applies."""
-    metadata = {}
-    if scheduler.prediction_type == "v_prediction":
-        metadata |= {"modelspec.prediction_type": "v", "ss_v_parameterization": "True"}
-    if scheduler.rescale_betas_zero_snr:
-        metadata["ss_zero_terminal_snr"] = "True"
-    return metadata
-
-
-def scheduler_code(scheduler):
-    """Returns the model card's line that gives a pipeline this scheduler configuration. None or diffusers' own: ""."""
-    if scheduler is None or not describe_objective(scheduler):
-        return ""
-    options = (
-        f'prediction_type="{scheduler.prediction_type}", rescale_betas_zero_snr={scheduler.rescale_betas_zero_snr}'
-    )
-    if scheduler.rescale_betas_zero_snr:
-        options += ', timestep_spacing="trailing"'
-    return f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {options})\n"
-
-
-def lora_files(trained, stage, trigger_word, scheduler):
-    """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files.
-
-    `scheduler` is the configuration of the scheduler that the noise was added with.
-    """
-    adapters = adapter_state_dict(trained)
-    config = trained["unet"].peft_config["default"]
-    kohya = {
-        "modelspec.architecture": f"stable-diffusion-xl-v1-{stage}/lora",
-        "ss_base_model_version": f"sdxl_{stage}_v1-0",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
-    }
-    peft = {"lora_adapter_metadata": json.dumps(adapter_metadata(trained), sort_keys=True)}
-    for metadata in (kohya, peft):
-        if trigger_word:
-            metadata["modelspec.trigger_phrase"] = trigger_word
-        metadata |= describe_objective(scheduler)
-    return {
-        LORA_FILE: partial(data.write_safetensors, tensors=adapters, metadata=peft),
-        KOHYA_FILE: partial(data.write_safetensors, tensors=kohya_state_dict(trained, adapters), metadata=kohya),
-    }
-
-
-def merge_text_encoder_2_lora(text_encoder_2, path):
-    """Merges a LoRA file's text_encoder_2 weights into that encoder. Raises InputError if they cannot be loaded."""
-    import diffusers
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
-    from peft.tuners import lora
-
-    loader = diffusers.StableDiffusionXLPipeline
-    try:
-        state, alphas, metadata = loader.lora_state_dict(path, return_lora_metadata=True, use_safetensors=True)
-        with safetensors.safe_open(path, "pt") as file:
-            if "dora_scale" in " ".join(file.keys()):
-                raise ValueError("diffusers cannot read DoRA in kohya's format; give the file in diffusers' format")
-        if not any(key.startswith("text_encoder_2.") for key in state):
-            raise ValueError("it has no text_encoder_2 part; train the base with --train_text_encoder")
-        loader.load_lora_into_text_encoder(state, alphas, text_encoder_2, "text_encoder_2", metadata=metadata)
-    except Exception as error:  # libraries raise all kinds of errors for damaged files
-        raise InputError(f"--text_encoder_2_lora: {path}: {short_reason(error)}") from error
-    for module in text_encoder_2.modules():
-        if isinstance(module, lora.LoraLayer):
-            module.merge()
-    recurse_remove_peft_layers(text_encoder_2)
