@@ -482,9 +482,8 @@ def merge_into(part, model, merges):
     dtypes = {name: module.weight.dtype for name, module in model.named_modules() if hasattr(module, "weight")}
     changed = set()
     for file, scale in merges:
-        layers = attach_lora(
-            file, part, model, scale=scale, dtype=torch.float32
-        )  # the sum is rounded once, at the end
+        # in fp32: the sum is rounded only at the end
+        layers = attach_lora(file, part, model, scale=scale, dtype=torch.float32)
         for layer in layers.values():
             layer.merge()
         changed |= layers.keys()
