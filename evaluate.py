@@ -213,7 +213,7 @@ def make_parser():
     add("--refiner_lora", metavar="FILE|DIR",
         help="LoRA of the refiner; used with every model but the base model")
     add("--denoising_start", type=float, default=0.8, metavar="P", help="share of the steps done before the refiner")
-    add("--resolution", type=int, default=1024, metavar="PX", help="width and height of the images")
+    add("--resolution", type=int, metavar="PX", help="width and height of the images (default: the base model's own)")
     add("--num_inference_steps", type=int, default=30, metavar="STEPS", help="denoising steps")
     add("--guidance_scale", type=float, default=7.0, metavar="G", help="classifier-free guidance; 1 turns it off")
     add("--negative_prompt", metavar="TEXT", help="negative prompt of all images (default: the pipeline's)")
@@ -252,9 +252,9 @@ def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("resolution", "num_inference_steps", "batch_size"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name}: found {getattr(args, name)}; expected a number above 0")
-    if args.resolution % 8:
+    if args.resolution is not None and args.resolution % 8:
         parser.error(f"--resolution: found {args.resolution}; the VAE works on multiples of 8 px")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error(f"--seeds: found {' '.join(map(str, args.seeds))}; expected different numbers of 0 or more")
@@ -309,7 +309,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -371,6 +371,22 @@ def list_jobs(args, models, prompts):
 def noise_seed(prompt, seed):
     """Returns the seed of an image's noise. It depends only on the prompt's id and on `seed`, not on the model."""
     return sdxl_data.torch_seed(sdxl_data.hash_text(prompt.id), seed)
+
+
+def choose_resolution(args, models):
+    """Returns the flags with the side of the images filled in. Warns of LoRAs that were trained at another one."""
+    if args.resolution is None:
+        unet = trainer.load_part(args, UNet2DConditionModel.load_config, "unet")
+        vae = trainer.load_part(args, AutoencoderKL.load_config, "vae")
+        side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        args = argparse.Namespace(**vars(args) | {"resolution": side})
+    for path in sorted({path for model in models for path in (model.lora, model.refiner_lora) if path}):
+        trained = sdxl_lora.read_resolution(path)
+        if trained not in (None, args.resolution):
+            logger.warning(
+                "--resolution: images are %d px, but %s was trained at %d px", args.resolution, path, trained
+            )
+    return args
 
 
 class ImageGenerator:
@@ -489,14 +505,34 @@ def write_image(path, image):
     sdxl_data.write_file(path, encoded.getvalue())
 
 
+def find_files(paths):
+    """Returns, for each path, the ranks that see the file: not all do if their machines have separate disks."""
+    seen = gather_object([[path.exists() for path in paths]])
+    return [[rank for rank, sees in enumerate(row) if sees] for row in zip(*seen)]
+
+
+def collect_files(state, paths):
+    """Copies the files that the main process does not see to its disk, from the ranks that see them."""
+    sent = []
+    for path, ranks in zip(paths, find_files(paths)):
+        if 0 not in ranks and ranks[:1] == [state.process_index]:
+            sent.append((path, path.read_bytes()))
+    for path, content in gather_object(sent):
+        if state.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sdxl_data.write_file(path, content)
+    state.wait_for_everyone()
+
+
 def generate_images(args, state, jobs):
-    """Draws all images that do not exist yet. The processes share the work."""
+    """Draws all images that do not exist yet. The processes share the work; the main process gets all images."""
+    exists = dict(zip(jobs, find_files([job.path for job in jobs])))
     batches = []
     for _, group in itertools.groupby(jobs, key=lambda job: job.model):
         group = list(group)
         batches += [group[start : start + args.batch_size] for start in range(0, len(group), args.batch_size)]
     mine = batches[state.process_index :: state.num_processes]
-    missing = [batch for batch in mine if not all(job.path.exists() for job in batch)]
+    missing = [batch for batch in mine if not all(exists[job] for job in batch)]
     generator = ImageGenerator(args, state.device) if missing else None
     quiet = not state.is_main_process or not missing
     with tqdm(total=sum(map(len, missing)), unit="image", disable=quiet, desc="images") as bar:
@@ -505,10 +541,10 @@ def generate_images(args, state, jobs):
             images = generator.generate([job.prompt for job in batch], [job.seed for job in batch])
             for job, image in zip(batch, images):
                 job.path.parent.mkdir(parents=True, exist_ok=True)
-                if not job.path.exists():
+                if not exists[job]:
                     write_image(job.path, image)
             bar.update(len(batch))
-    state.wait_for_everyone()
+    collect_files(state, [job.path for job in jobs])
 
 
 # -----------------------------------------------------------------------------
@@ -567,47 +603,45 @@ def load_head_layers(path):
         raise InputError(message) from error
 
 
-def load_aesthetic_head(path, width):
-    """Loads LAION's aesthetic head. Returns a function from unit vectors (n, width) to scores (n,) of about 1 to 10.
+def score_aesthetic(path, embeddings):
+    """Returns the scores (n,) of LAION's aesthetic head, about 1 to 10, for CLIP embeddings, unit vectors (n, D).
 
     The head is linear, or an MLP without activations (github.com/christophschuhmann/improved-aesthetic-predictor).
-    Raises InputError if the file does not load or its layers do not map `width` inputs to one output.
+    Raises InputError if the file does not load or its layers do not map D inputs to one output.
     """
     layers = load_head_layers(path)
+    width = embeddings.shape[1]
     widths = [width, *(len(bias) for _, bias in layers)]
     fitting = [(after, before) for before, after in zip(widths, widths[1:])]
     if not layers or widths[-1] != 1 or [tuple(weight.shape) for weight, _ in layers] != fitting:
         found = " → ".join(f"{weight.shape[1]}×{weight.shape[0]}" for weight, _ in layers) or "no layers"
         raise InputError(f"--aesthetic_head: {path} has {found}; expected a head from {width} numbers to 1")
-
-    def head(embeddings):
-        values = torch.from_numpy(embeddings).float()
-        for weight, bias in layers:
-            values = values @ weight.T + bias
-        return values[:, 0].numpy()
-
-    return head
+    values = torch.from_numpy(embeddings).float()
+    for weight, bias in layers:
+        values = values @ weight.T + bias
+    return values[:, 0].numpy()
 
 
 def embed_files(state, clip_name, flag, paths):
-    """Returns the CLIP embeddings of n image files, (n, D), in every process.
+    """Returns the CLIP embeddings of n image files, (n, D), in the main process, and None in the others.
 
     The processes share the work. Each embedding is saved beside its image.
     """
     saved = [path.with_suffix(f".{short_hash(clip_name)}.npy") for path in paths]
-    missing = [(path, file) for path, file in zip(paths, saved) if not file.exists()]
-    mine = missing[state.process_index :: state.num_processes]
+    places = find_files(paths)
+    missing = [i for i, ranks in enumerate(find_files(saved)) if not ranks]
+    mine = [i for n, i in enumerate(missing) if places[i][n % len(places[i])] == state.process_index]
     clip = Clip(clip_name, state.device, flag) if mine else None
     quiet = not state.is_main_process or not mine
     for start in tqdm(range(0, len(mine), EMBEDDING_BATCH), desc=clip_name[:30], unit="batch", disable=quiet):
         batch = mine[start : start + EMBEDDING_BATCH]
-        embeddings = clip.embed_images([Image.open(path) for path, _ in batch])
-        for (_, file), embedding in zip(batch, embeddings):
+        embeddings = clip.embed_images([Image.open(paths[i]) for i in batch])
+        for i, embedding in zip(batch, embeddings):
             encoded = io.BytesIO()
             np.save(encoded, embedding)
-            sdxl_data.write_file(file, encoded.getvalue())
-    state.wait_for_everyone()
-    return np.stack([np.load(file) for file in saved])
+            sdxl_data.write_file(saved[i], encoded.getvalue())
+    collect_files(state, saved)
+    return np.stack([np.load(file) for file in saved]) if state.is_main_process else None
 
 
 # Seam: the score. Contract: {name: (n,) array} with "adherence" and "score"; higher is better.
@@ -730,13 +764,14 @@ def open_source(args, flag):
 
 
 def embed_source(state, args, flag):
-    """Returns a Reference of all usable images that `flag` names. Reads it from --output_dir if it was saved there.
+    """Returns a Reference of all usable images that `flag` names in the main process, and None in the others.
 
-    The processes share the work. Raises InputError if no image is usable.
+    Reads it from --output_dir if it was saved there. Otherwise the processes share the work. Raises InputError if no
+    image is usable.
     """
     stamps, list_samples = open_source(args, flag)
     cached = Path(args.output_dir) / f"reference-{short_hash(args.clip_model, THUMBNAIL, stamps)}.npz"
-    # One answer for all processes: a network disk may show them the file at different times.
+    # One answer for all processes: a network disk may show them the file at different times, or each has its own disk.
     if not broadcast_object_list([cached.exists()])[0]:
         mine = list_samples()[state.process_index :: state.num_processes]
         found = embed_samples(mine, Clip(args.clip_model, state.device), quiet=not state.is_main_process)
@@ -745,7 +780,8 @@ def embed_source(state, args, flag):
             raise InputError(f"--{flag}: no usable image in {' '.join(getattr(args, flag))}")
         if state.is_main_process:
             write_reference(cached, found)
-        state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
     with np.load(cached) as data:
         places = json.loads(str(data["places"]))
         names, ids = data["names"].tolist(), data["ids"].tolist()
@@ -755,12 +791,12 @@ def embed_source(state, args, flag):
 def embed_training_images(state, args):
     """Returns two References, of the training images and of the held-out images.
 
-    Both are None if no flag names training images.
+    Both are None if no flag names training images, and in other processes than the main one.
     """
     if not args.train_shards and not args.train_data_dir:
         return None, None
     reference = embed_source(state, args, "train_shards" if args.train_shards else "train_data_dir")
-    if args.val_fraction:
+    if args.val_fraction and reference is not None:
         held_out = sdxl_data.is_held_out(reference.ids, args.val_fraction)
         if held_out.all():
             raise InputError(f"--val_fraction: {args.val_fraction} of {len(held_out)} images leaves no training image")
@@ -859,7 +895,7 @@ def score_all(args, state, models, prompts, jobs):
     aesthetic = None
     if args.aesthetic_head != "none":
         features = embed_files(state, args.aesthetic_clip_model, "--aesthetic_clip_model", paths)
-        aesthetic = load_aesthetic_head(args.aesthetic_head, features.shape[1])(features)
+        aesthetic = trainer.run_on_main(state, lambda: score_aesthetic(args.aesthetic_head, features))
     reference, others = embed_training_images(state, args)
     if not state.is_main_process:
         return None
@@ -1324,6 +1360,7 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     models = list_models(args)
+    args = choose_resolution(args, models)
     prompts = read_prompts(args.prompts)
     jobs = list_jobs(args, models, prompts)
 

@@ -132,10 +132,11 @@ def scheduler_code(scheduler):
     return f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {options})\n"
 
 
-def lora_files(trained, stage, trigger_word, scheduler):
+def lora_files(trained, stage, trigger_word, resolution, scheduler):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files.
 
-    `scheduler` is the configuration of the scheduler that the noise was added with.
+    `resolution` is the side of the training images in px, `scheduler` the configuration of the scheduler that noise
+    was added with.
     """
     adapters = adapter_state_dict(trained)
     config = trained["unet"].peft_config["default"]
@@ -148,6 +149,7 @@ def lora_files(trained, stage, trigger_word, scheduler):
     }
     peft = {"lora_adapter_metadata": json.dumps(adapter_metadata(trained), sort_keys=True)}
     for metadata in (kohya, peft):
+        metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
         if trigger_word:
             metadata["modelspec.trigger_phrase"] = trigger_word
         metadata |= describe_objective(scheduler)
@@ -195,6 +197,18 @@ def find_lora(path):
     if not file.is_file():
         raise ValueError(f"no LoRA file {file}; give a .safetensors file, a run or a checkpoint")
     return file
+
+
+def read_resolution(path):
+    """Returns the side in px of the images that a LoRA was trained on, by the file's header; None if it does not say.
+
+    Images that are not square count as squares of the same area.
+    """
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata() or {}
+    found = metadata.get("modelspec.resolution") or metadata.get("ss_resolution") or ""
+    sides = [int(number) for number in re.findall(r"\d+", found)]
+    return round(math.sqrt(sides[0] * sides[1])) if len(sides) == 2 else None
 
 
 def parse_lora_key(key):

@@ -1566,7 +1566,7 @@ def check_resume(saved, current, allow_batch_change=False):
 def lora_files(run):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files."""
     scheduler = run.unwrapped.noise_scheduler.config
-    return sdxl_lora.lora_files(run.trained, run.args.stage, run.args.trigger_word, scheduler)
+    return sdxl_lora.lora_files(run.trained, run.args.stage, run.args.trigger_word, run.args.resolution, scheduler)
 
 
 def save_lora(run, folder):

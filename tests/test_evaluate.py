@@ -261,7 +261,7 @@ def test_a_linear_head_works_too(tmp_path):
     weight, bias = torch.randn(1, 8), torch.randn(1)
     safetensors.torch.save_file({"weight": weight, "bias": bias}, tmp_path / "linear.safetensors")
     embeddings = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    scores = evaluate.load_aesthetic_head(tmp_path / "linear.safetensors", 8)(embeddings)
+    scores = evaluate.score_aesthetic(tmp_path / "linear.safetensors", embeddings)
     assert np.allclose(scores, embeddings @ weight[0].numpy() + bias.item(), atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_a_head_with_code_in_it_is_not_loaded(tmp_path):
 
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"weight": Evil()}))
     with pytest.raises(evaluate.InputError, match="--aesthetic_head: cannot load"):
-        evaluate.load_aesthetic_head(tmp_path / "evil.pth", 8)
+        evaluate.score_aesthetic(tmp_path / "evil.pth", np.zeros((1, 8)))
     assert not (tmp_path / "pwned").exists()
 
 

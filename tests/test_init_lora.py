@@ -48,7 +48,7 @@ def style(layers, tmp_path_factory):
 
 def read(file):
     with safetensors.safe_open(file, "pt") as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata()
+        return {key: tensors.get_tensor(key) for key in list(tensors.keys())}, tensors.metadata()
 
 
 def assert_equal_tensors(found, expected):

@@ -112,7 +112,7 @@ def test_a_lora_has_the_strength_of_lora_scale(parse, flags, tmp_path):
     args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path]])
     models = trainer.load_models(args, torch.float32, CPU)
     adapters = trainer.add_adapters(args, models, 0)
-    for name, write in sdxl_lora.lora_files(adapters, "base", None, models.noise_scheduler.config).items():
+    for name, write in sdxl_lora.lora_files(adapters, "base", None, 64, models.noise_scheduler.config).items():
         write(tmp_path / name)
     scales = {}
     for strength in (1.0, 0.25):
