@@ -46,6 +46,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -72,6 +73,7 @@ SAVE_WAIT = 1.0  # s that training waits for a checkpoint; a larger one is writt
 LOCK_SECONDS = 3  # wait for the output_dir of a run that is just ending
 STOP_SECONDS = 25  # after a stop signal without a finished step, the process exits; launchers kill after 30
 GROUP_TIMEOUT = timedelta(hours=2)  # the main process may index or download while the others wait for it
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # of the optimizer's state, per trained parameter
 MAX_NONFINITE_STEPS = 30  # in a row, then skipping is hopeless: fp16's loss scale is below 2^-14
 
 logger = logging.getLogger("train_sdxl_lora")
@@ -609,7 +611,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import sdxl_speed
 
@@ -2419,8 +2421,10 @@ def estimate_resources(args, models, trained, device, images):
     size = (models.unet.dtype, args.train_batch_size, args.resolution)
     checkpointing = sdxl_speed.choose_checkpointing(args.gradient_checkpointing, device, *size, reserved=weights)
     kept *= sdxl_speed.ACTIVATION_BYTES[checkpointing] / sdxl_speed.ACTIVATION_BYTES["none"]
-    moments = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}[args.optimizer]  # bytes per parameter
-    memory = {"frozen weights": weights, "adapters, gradients, optimizer": masters * (8 + moments)}
+    memory = {
+        "frozen weights": weights,
+        "adapters, gradients, optimizer": masters * (8 + MOMENT_BYTES[args.optimizer]),
+    }
     memory["activations of the UNet"] = kept * args.train_batch_size
     speed = measure_matmul(device, models.unet.dtype)
     return {
@@ -2804,12 +2808,41 @@ def check_wandb_login():
         raise InputError(f"--report_to: W&B has no login on this machine; {remedy}")
 
 
-def check_services(args, trackers):
-    """Raises InputError if a model cannot be had, or W&B or the hub rejects the run. Creates the hub repository."""
+def load_shapes(args):
+    """Returns the UNet and the text encoders on the meta device: all sizes, no weights. Takes less than a second."""
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    encoders = []
+    for name in ENCODER_NAMES[args.stage]:
+        config = load_part(args, CLIPTextConfig.from_pretrained, name)
+        with torch.device("meta"):
+            encoders.append(classes[name](config))
+    return SimpleNamespace(unet=load_unet(args, encoders, torch.float32, weights=False), text_encoders=encoders)
+
+
+def check_disk(args):
+    """Raises InputError if the disk has no space for one checkpoint, or the adapters do not fit the models."""
+    with torch.random.fork_rng(devices=[]):
+        trained = add_adapters(args, load_shapes(args), seed=0)
+    count = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
+    needed = count * (2 * 4 + MOMENT_BYTES[args.optimizer])  # both LoRA files, and the optimizer's state
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        found = (
+            f"{free / 1e9:.2f} GB are free on the disk of {args.output_dir}; a checkpoint takes {needed / 1e9:.2f} GB"
+        )
+        raise InputError(f"--output_dir: {found}; free some space or give another folder")
+
+
+def check_needs(args, trackers):
+    """Raises InputError if the run lacks a model, disk space, or the consent of W&B or the hub.
+
+    Creates the hub repository.
+    """
     for flag in sdxl_single_file.NEEDED_PARTS:
         check_hub_model(args, flag)
     if args.dry_run:
         return
+    check_disk(args)
     if "wandb" in trackers:
         check_wandb_login()
     if args.push_to_hub:
@@ -3011,7 +3044,7 @@ def main(argv=None):
         accelerator = make_accelerator(args)
         prepare_output_dir(accelerator, args)
         warn_of_flags_without_effect(args)
-        run_on_main(accelerator, lambda: check_services(args, list(map(str, accelerator.log_with))))
+        run_on_main(accelerator, lambda: check_needs(args, list(map(str, accelerator.log_with))))
         checkpoint, progress = run_on_main(accelerator, lambda: claim_output_dir(args))
         try:
             if args.dry_run:

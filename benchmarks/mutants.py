@@ -378,7 +378,7 @@ MUTANTS = [
     Mutant("the encoded training set is uploaded", TRAINER, "services",
         "files = [LORA_FILE, sdxl_lora.KOHYA_FILE,", 'files = ["*.safetensors",'),
     Mutant("a refusing hub is heard at the end", TRAINER, "services",
-        "        run_on_main(accelerator, lambda: check_services(", "        (lambda: check_services("),
+        "        run_on_main(accelerator, lambda: check_needs(", "        (lambda: check_needs("),
     Mutant("restarts are not counted", TRAINER, "optimizer",
         '"num_cycles": num_cycles', '"num_cycles": 1'),
 ]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,3 +180,39 @@ def test_on_a_disk_that_really_is_full_the_newest_whole_checkpoint_loads(flags, 
     argv += ["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1]
     whole = assert_ok(run_trainer(argv, tmp_path / "whole"))
     assert_same_run(whole, assert_ok(run_trainer(argv, small_disk / "run")), step=12)
+
+
+# ---- asked first
+
+
+def leave_free(size, module):
+    """The disk has `size` bytes left."""
+    module.shutil.disk_usage = lambda path: SimpleNamespace(free=size)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--optimizer", "prodigy", "--learning_rate", 1, "--train_text_encoder"], ["--use_dora"]]
+)
+def test_a_disk_too_small_for_one_checkpoint_is_said_before_anything_is_read(flags, tmp_path, more):
+    argv = [*flags, *more, "--rank", 8, "--max_train_steps", 2]
+    whole = assert_ok(run_trainer(argv, tmp_path / "whole"))
+    size = sum(path.stat().st_size for path in (whole.output_dir / "checkpoint-2").iterdir())
+    result = run_trainer(argv, tmp_path / "small", setup=partial(leave_free, 0.5 * size))
+    assert result.codes == [1]
+    said = re.search(r"--output_dir: ([\d.]+) GB are free .* a checkpoint takes ([\d.]+) GB; free some", result.output)
+    assert said and not (tmp_path / "small/index").exists() and "index of" not in result.output
+    assert_ok(run_trainer(argv, tmp_path / "enough", setup=partial(leave_free, 1.1 * size)))
+
+
+def test_a_layer_that_does_not_exist_is_said_before_anything_is_read(flags, tmp_path):
+    result = run_trainer([*flags, "--lora_target_modules", "to_x"], tmp_path / "run")
+    assert result.codes == [1] and "--lora_target_modules: no layer" in result.output
+    assert "index of" not in result.output
+
+
+def test_asking_for_the_disk_leaves_no_trace_in_the_random_numbers(flags, tmp_path):
+    args = trainer.parse_args([str(word) for word in [*flags, "--output_dir", tmp_path]])
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    trainer.check_disk(args)
+    assert torch.equal(torch.get_rng_state(), expected)
