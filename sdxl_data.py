@@ -48,7 +48,7 @@ import safetensors
 from braceexpand import braceexpand
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # mean "save and exit" to the scripts
+STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", 0), signal.SIGINT)  # mean "save and exit" to the scripts
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in diffusers' format
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "avif", "jfif", "tif", "tiff", "gif")
 UNREADABLE_EXTENSIONS = "heic heif jxl svg raw dng cr2 cr3 nef arw exr hdr".split()  # reported when in a folder
@@ -109,10 +109,10 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(configargparse.ArgParser):
     """Argument parser that reports an error in one line, `prog: error: --flag: …`, and exits with status 2."""
 
-    words = ()  # of the command line
-
     def parse_known_args(self, args=None, *rest, **options):
         self.words = sys.argv[1:] if args is None else list(args)
+        if sys.platform == "win32" and not {"-h", "--help"} & set(self.words):
+            self.error("Windows has no POSIX signals and locks, which these scripts need; run them in WSL2")
         # paths in --flag=~/x and in YAML files, which no shell expands
         self.register("type", None, lambda text: os.path.expanduser(text) if text.startswith("~/") else text)
         return super().parse_known_args(args, *rest, **options)
@@ -122,7 +122,7 @@ class Parser(configargparse.ArgParser):
         for action in self._actions:  # call a flag with two names by the one that was given
             first, *others = action.option_strings or [""]
             if others and not others[0].startswith("--no-"):
-                given = {word.partition("=")[0] for word in self.words}
+                given = {word.partition("=")[0] for word in vars(self).get("words", ())}
                 name = next((other for other in others if other in given), first)
                 message = re.sub(rf"{first}(/{others[0]})?(?!\w)", name, message)
         kind, _, words = message.partition(": ")
@@ -256,8 +256,8 @@ def read_class_csv(path):
         columns = reader.fieldnames or []
         name = next((c for c in ("class", "pokemon", "species") if c in columns), None)
         if name is None or "count" not in columns:
-            found = ", ".join(columns) or "(none)"
-            raise ValueError(f"{path} has columns {found}; expected class (or pokemon, species) and count")
+            found = f"{path} has columns {', '.join(columns) or '(none)'}"
+            raise ValueError(f"{found}; expected class (or pokemon, species) and count")
         for row in reader:
             try:
                 count = float(row["count"])

@@ -22,7 +22,6 @@ Lines that begin with "# Seam:" mark the places meant to be edited, each with it
 
 import argparse
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -1761,6 +1760,8 @@ def trim_rows(path, progress):
 
 def lock_output_dir(output_dir):
     """Locks output_dir and deletes a killed run's partial files. Raises InputError if another run uses the folder."""
+    import fcntl  # Windows, where --help works, does not have it
+
     descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing unlocks
     deadline = time.monotonic() + LOCK_SECONDS
     while True:

@@ -73,3 +73,29 @@ def test_the_torch_of_these_tests_cannot_be_imported(script, tmp_path, without_t
     if script == "hpo_sweep.py":
         words = ["--output_dir", "out", "--", *words]
     assert answer(script, words, tmp_path, without_torch)[0] == 99
+
+
+ON_WINDOWS = """
+import runpy, signal, sys, sysconfig
+sysconfig.get_config_vars()
+import configargparse, filelock, fsspec, numpy, pyarrow, yaml, PIL.Image, tqdm.auto, safetensors, optuna
+sys.platform = "win32"  # only for the scripts: the libraries are imported already
+sys.modules["fcntl"] = None
+del signal.SIGUSR1
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", WRONG)
+def test_windows_users_get_help_and_one_line_about_wsl(script, tmp_path, without_torch):
+    def run(*words):
+        environment = os.environ | {"PYTHONPATH": f"{without_torch}:{ROOT}"}
+        command = [sys.executable, "-c", ON_WINDOWS, ROOT / script, *words]
+        return subprocess.run(list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    shown = run("--help")
+    assert shown.returncode == 0 and shown.stdout.startswith("usage:"), shown.stderr[-500:]
+    refused = run(*SNAPSHOT, "--output_dir", "out")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"{script}: error: Windows") and "WSL2" in refused.stderr
