@@ -48,7 +48,7 @@ def adapter_state_dict(trained):
     return state
 
 
-def load_adapter_state_dict(trained, state, adapter="default"):
+def load_adapter_state_dict(trained, state):
     """Loads tensors from adapter_state_dict into the models. Raises ValueError if a key is missing or unknown."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -57,10 +57,10 @@ def load_adapter_state_dict(trained, state, adapter="default"):
         own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
         if not hasattr(model, "text_model"):  # flattened in newer transformers
             own = {k.removeprefix("text_model."): v for k, v in own.items()}
-        expected = set(get_peft_model_state_dict(model, adapter_name=adapter))
+        expected = set(get_peft_model_state_dict(model))
         if set(own) != expected:
             raise ValueError(f"{name}: adapter tensors differ, e.g. {sorted(set(own) ^ expected)[:2]}")
-        set_peft_model_state_dict(model, own, adapter_name=adapter)
+        set_peft_model_state_dict(model, own)
 
 
 def adapter_metadata(trained):
@@ -439,37 +439,33 @@ def adapter_options(file, part, model, use_rslora):
 
 def load_lora(file, part, model, adapter="default"):
     """Copies a model's part of a LoRA file into its adapters, which were made with adapter_options."""
-    state = {}
     with safetensors.safe_open(file.path, "pt") as tensors:
         for layer, name in find_layers(file, part, model).items():
-            keys = file.parts[part][layer]
             module = model.get_submodule(name)
-            for kind, matrices in (("down", "lora_A"), ("up", "lora_B")):
-                shape = getattr(module, matrices)[adapter].weight.shape
-                state[f"{part}.{name}.{matrices}.weight"] = tensors.get_tensor(keys[kind]).float().reshape(shape)
-            if "magnitude" in keys:
-                shape = module.lora_magnitude_vector[adapter].weight.shape
-                magnitude = tensors.get_tensor(keys["magnitude"]).float().reshape(shape)
-                state[f"{part}.{name}.lora_magnitude_vector"] = magnitude
-    load_adapter_state_dict({part: model}, state, adapter)
+            own = {"down": module.lora_A, "up": module.lora_B, "magnitude": module.lora_magnitude_vector}
+            for kind, key in file.parts[part][layer].items():
+                if kind != "alpha":
+                    weight = own[kind][adapter].weight.data
+                    weight.copy_(tensors.get_tensor(key).reshape(weight.shape))
 
 
-def attach_lora(file, part, model, adapter="default", scale=1.0, dtype=None):
-    """Adds a LoRA file's adapters to a model, `scale` times as strong. Returns {name: layer with an adapter}.
+def attach_lora(file, part, model, adapter, scale, dtype=None):
+    """Adds a LoRA file's adapters to a model, `scale` times as strong, in the model's dtype or in `dtype`.
 
-    With a `dtype`, these layers are converted to it first. Raises InputError if the file does not fit.
+    Raises InputError if the file does not fit.
     """
     import peft
     from peft.tuners.lora import LoraLayer
 
     config = peft.LoraConfig(**adapter_options(file, part, model, use_rslora=False))
+    vars(model).pop("peft_config", None)  # of the adapter before; PEFT would warn of it
     peft.inject_adapter_in_model(config, model, adapter)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    for layer in layers.values():
-        layer.to(dtype)
-        layer.scaling[adapter] *= scale
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling:
+            layer.scaling[adapter] *= scale
+            for own in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                own.to(dtype)
     load_lora(file, part, model, adapter)
-    return layers
 
 
 def hash_file(path):
@@ -483,28 +479,33 @@ def hash_file(path):
 # -----------------------------------------------------------------------------
 
 
+def merge_layers(model):
+    """Merges the adapters of a model's layers into their weights, in fp32, and takes the adapters off."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        dtype = base.weight.dtype
+        base.float()
+        layer.merge(adapter_names=list(layer.scaling))
+        parent, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, base.to(dtype))
+    del model.peft_config
+
+
 def merge_into(part, model, merges):
     """Adds LoRAs to the weights of one model. Raises InputError if one does not fit."""
     import torch
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
     merges = [(file, scale) for file, scale in merges if part in file.parts]
     for file, _ in merges:
         find_layers(file, part, model)
     if not merges or next(model.parameters()).is_meta:
         return
-    dtypes = {name: module.weight.dtype for name, module in model.named_modules() if hasattr(module, "weight")}
-    changed = set()
-    for file, scale in merges:
-        # in fp32: the sum is rounded only at the end
-        layers = attach_lora(file, part, model, scale=scale, dtype=torch.float32)
-        for layer in layers.values():
-            layer.merge()
-        changed |= layers.keys()
-        recurse_remove_peft_layers(model)
-        del model.peft_config
-    for name in changed:
-        model.get_submodule(name).to(dtypes[name])
+    for number, (file, scale) in enumerate(merges):
+        attach_lora(file, part, model, f"merged_{number}", scale, torch.float32)
+    merge_layers(model)
 
 
 def merge_loras(flag, models, merges):

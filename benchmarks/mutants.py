@@ -69,7 +69,7 @@ MUTANTS = [
         "fingerprint_parts(models.unet, models.vae, *models.text_encoders)",
         "fingerprint_parts(models.unet, *models.text_encoders)"),
     Mutant("LoRA of text_encoder_2 not merged", LORA, "refiner",
-        "            layer.merge()\n", "            pass\n"),
+        "        layer.merge(adapter_names=list(layer.scaling))\n", ""),
     Mutant("every layer name accepted", TRAINER, "models",
         '        if not any(name == target or name.endswith("." + target) for name in names):', "        if False:"),
     # Data of the run
@@ -325,7 +325,7 @@ MUTANTS = [
     Mutant("LoRAs are merged at scale 1", LORA, "lora_files",
         "layer.scaling[adapter] *= scale", "layer.scaling[adapter] *= 1"),
     Mutant("the merged sum is rounded with each LoRA", LORA, "lora_files",
-        "scale=scale, dtype=torch.float32)", "scale=scale)"),
+        "        base.float()\n", ""),
     Mutant("original names of resnets are unknown", LORA, "lora_files",
         "ORIGINAL_RESNET.get(match[5], match[5])", "match[5]"),
     Mutant("half a DoRA is read as LoRA", LORA, "lora_files",
