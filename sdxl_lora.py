@@ -39,7 +39,7 @@ def adapter_state_dict(trained):
 
     state = {}
     for name, model in trained.items():
-        for key, tensor in get_peft_model_state_dict(model).items():
+        for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
             if name != "unet":
                 key = "text_model." + key.removeprefix("text_model.")
                 # transformers reads DoRA's magnitudes under this name
@@ -57,7 +57,7 @@ def load_adapter_state_dict(trained, state):
         own = {k.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): v for k, v in own.items()}
         if not hasattr(model, "text_model"):  # flattened in newer transformers
             own = {k.removeprefix("text_model."): v for k, v in own.items()}
-        expected = set(get_peft_model_state_dict(model))
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         if set(own) != expected:
             raise ValueError(f"{name}: adapter tensors differ, e.g. {sorted(set(own) ^ expected)[:2]}")
         set_peft_model_state_dict(model, own)

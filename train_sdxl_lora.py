@@ -169,9 +169,10 @@ def add_model_arguments(parser):
         help="refiner: the UNet to train: its folder, a snapshot with unet/, a hub id or a .safetensors file")
     add("--text_encoder_2_lora", metavar="FILE", help="refiner: base-stage LoRA whose text_encoder_2 part is merged")
     add("--init_lora", metavar="FILE|RUN",
-        help="LoRA to start from, in diffusers' or kohya's format, or a run; gives rank, alpha, layers and encoders")
+        help="start from this LoRA, in diffusers' or kohya's format, or from a run's; rank, alpha, layers and text "
+        "encoders are taken from it")
     add("--merge_lora", nargs="+", metavar="FILE[:SCALE]",
-        help="LoRAs that are added to the frozen weights before training, such as a style or a speed-up")
+        help="add these LoRAs to the frozen weights before training, e.g. a style or a speed-up (default SCALE: 1)")
     add("--rank", type=int, metavar="R", help="LoRA rank of the UNet (default: 4)")
     add("--lora_alpha", type=float, metavar="A", help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--lora_dropout", type=float, default=0.0, metavar="P", help="dropout on the input of every adapter")
