@@ -271,9 +271,9 @@ def parse_args(argv=None):
         parser.error(str(error))
     checks = {
         "prompts": lambda: read_prompts(args.prompts),
-        "lora": lambda: list(map(find_lora, args.lora)),
+        "lora": lambda: list(map(sdxl_lora.read_lora_file, args.lora)),
         "checkpoints": lambda: list_models(args),
-        "refiner_lora": lambda: find_lora(args.refiner_lora) if args.refiner_lora else None,
+        "refiner_lora": lambda: sdxl_lora.read_lora_file(args.refiner_lora) if args.refiner_lora else None,
         "train_shards": lambda: sdxl_data.expand_shards(args.train_shards or []),
         "val_shards": lambda: sdxl_data.expand_shards(args.val_shards or []),
     }
@@ -381,7 +381,7 @@ def choose_resolution(args, models):
         side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
         args = argparse.Namespace(**vars(args) | {"resolution": side})
     for path in sorted({path for model in models for path in (model.lora, model.refiner_lora) if path}):
-        trained = sdxl_lora.read_resolution(path)
+        trained = sdxl_lora.read_lora_file(path).resolution
         if trained not in (None, args.resolution):
             logger.warning(
                 "--resolution: images are %d px, but %s was trained at %d px", args.resolution, path, trained

@@ -41,6 +41,7 @@ from pathlib import Path
 import yaml
 
 import sdxl_data
+import sdxl_lora
 from sdxl_data import STOP_SIGNALS, InputError
 from sdxl_single_file import short_reason
 
@@ -395,9 +396,12 @@ def make_absolute(value):
     """Returns the absolute path if `value` is an existing file or folder, or else `value`."""
     if isinstance(value, list):
         return [make_absolute(item) for item in value]
-    if isinstance(value, str) and not value.startswith("/") and Path(value).exists():
-        return str(Path(value).resolve())
-    return value
+    if not isinstance(value, str) or value.startswith("/"):
+        return value
+    path, colon, scale = value.rpartition(":")  # of --merge_lora FILE:SCALE
+    if colon and Path(path).exists():
+        return f"{Path(path).resolve()}:{scale}"
+    return str(Path(value).resolve()) if Path(value).exists() else value
 
 
 def given_flags(parser, words):
@@ -437,6 +441,8 @@ def make_evaluation(args, trainer_args):
     names = "pretrained_model_name_or_path revision variant single_file_config prediction_type rescale_betas_zero_snr"
     for name in [*names.split(), "merge_lora", "cache_dir"]:
         flags[name] = make_absolute(getattr(trainer_args, name))
+    if trainer_args.stage == "refiner" and trainer_args.merge_lora and args.objective != "val_loss":
+        raise InputError("-- --merge_lora: evaluate.py cannot merge into a refiner; give --objective val_loss")
     if trainer_args.stage == "refiner":
         flags["refiner_unet"] = make_absolute(trainer_args.refiner_unet)
         base = trainer_args.validation_base_lora or trainer_args.text_encoder_2_lora
@@ -485,7 +491,10 @@ def parse_args(argv=None):
     if args.objective == "val_loss" and not has_validation(trainer_args):
         parser.error("--objective: val_loss needs --val_shards or --val_fraction after --")
     try:
-        space = make_search_space(args.search_space, flags, trainer_args)
+        fixed = (
+            sdxl_lora.lora_flags(trainer_args.init_lora) if trainer_args.init_lora and not args.search_space else {}
+        )
+        space = make_search_space(args.search_space, flags | fixed, trainer_args)
         evaluation = make_evaluation(args, trainer_args)
     except InputError as error:
         parser.error(str(error))

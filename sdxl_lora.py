@@ -29,6 +29,7 @@ from sdxl_single_file import PICKLES, read_header, short_reason
 # -----------------------------------------------------------------------------
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the same adapters for ComfyUI and A1111; LORA_FILE: diffusers
+PEFT_FILE = "adapter_model.safetensors"  # what PEFT's save_pretrained writes
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
@@ -164,8 +165,8 @@ def lora_files(trained, stage, trigger_word, resolution, scheduler):
 # -----------------------------------------------------------------------------
 
 # how the name of a tensor ends → what it is in its layer
-LORA_TENSORS = {"lora_A": "down", "lora.down": "down", "lora_down": "down"}
-LORA_TENSORS |= {"lora_B": "up", "lora.up": "up", "lora_up": "up"}
+LORA_TENSORS = {"lora_A": "down", "lora.down": "down", "lora_linear_layer.down": "down", "lora_down": "down"}
+LORA_TENSORS |= {"lora_B": "up", "lora.up": "up", "lora_linear_layer.up": "up", "lora_up": "up"}
 LORA_TENSORS |= {"alpha": "alpha", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude"}
 # how it begins → the model that it belongs to: diffusers, kohya, PEFT, ComfyUI, a file of one model
 LORA_PREFIXES = {"unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"}
@@ -188,27 +189,39 @@ class LoraFile:
     shapes: dict  # name of a tensor → shape
     alphas: dict  # name of an alpha → value
     settings: dict  # of the adapters, as diffusers writes them: "unet.lora_alpha" and so on
+    resolution: int | None  # side in px of the images that it was trained on, if the header says
 
 
 def find_lora(path):
     """Returns the LoRA file in `path`, a run or checkpoint, or `path` itself. Raises ValueError if it is missing."""
+    if not str(path):
+        raise ValueError("the path is empty; give a .safetensors file, a run or a checkpoint")
     path = Path(path).expanduser()
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no LoRA file {file}; give a .safetensors file, a run or a checkpoint")
+    files = [path / LORA_FILE, path / PEFT_FILE] if path.is_dir() else [path]
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        raise ValueError(f"no LoRA file {files[0]}; give a .safetensors file, a run or a checkpoint")
     return file
 
 
-def read_resolution(path):
-    """Returns the side in px of the images that a LoRA was trained on, by the file's header; None if it does not say.
+def read_metadata(path, is_peft):
+    """Returns the settings in a LoRA's header, such as "unet.lora_alpha", and the side in px of its training images.
 
-    Images that are not square count as squares of the same area.
+    PEFT keeps the settings in adapter_config.json beside the file. The side is None if the header does not say it.
     """
     with safetensors.safe_open(path, "np") as file:
         metadata = file.metadata() or {}
-    found = metadata.get("modelspec.resolution") or metadata.get("ss_resolution") or ""
-    sides = [int(number) for number in re.findall(r"\d+", found)]
-    return round(math.sqrt(sides[0] * sides[1])) if len(sides) == 2 else None
+    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    if is_peft:
+        config = path.with_name("adapter_config.json")
+        if not config.is_file():
+            raise InputError("says nothing of its alpha; put PEFT's adapter_config.json beside it")
+        settings = json.loads(config.read_text())
+    settings = settings if isinstance(settings, dict) else {}
+    if "lora_alpha" in settings:  # a file of one model has no prefix
+        settings = {f"unet.{name}": value for name, value in settings.items()}
+    found = re.findall(r"\d+", metadata.get("modelspec.resolution") or metadata.get("ss_resolution") or "")
+    return settings, round(math.sqrt(int(found[0]) * int(found[1]))) if len(found) == 2 else None
 
 
 def parse_lora_key(key):
@@ -225,19 +238,23 @@ def parse_lora_key(key):
 
 
 def read_numbers(path, names):
-    """Returns {name: value} of a .safetensors file's tensors with one number each. Does not need torch."""
-    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+    """Returns {name: value} of tensors without torch. Raises InputError if one is not a single number above 0."""
+    formats = {"F64": "<d", "F32": "<f", "BF16": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B"}
     numbers = {}
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         for name in names:
+            dtype = header[name]["dtype"]
             start, end = header[name]["data_offsets"]
             file.seek(8 + size + start)
             content = file.read(end - start)
-            if header[name]["dtype"] == "BF16":  # the first half of a float32
+            if dtype == "BF16":  # the first half of a float32
                 content = b"\0\0" + content
-            (numbers[name],) = struct.unpack(formats.get(header[name]["dtype"], "<f"), content)
+            fits = dtype in formats and len(content) == struct.calcsize(formats[dtype])
+            numbers[name] = struct.unpack(formats[dtype], content)[0] if fits else math.nan
+            if not 0 < numbers[name] < math.inf:
+                raise InputError(f"holds {name} = {numbers[name]} ({dtype}); expected one number above 0")
     return numbers
 
 
@@ -251,8 +268,7 @@ def read_lora_file(path):
         if path.suffix.lower() in PICKLES:
             raise InputError("is a pickle, which can run any code when it is opened; give a .safetensors file")
         header = read_header(path)
-        with safetensors.safe_open(path, "np") as file:
-            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        settings, resolution = read_metadata(path, any(key.startswith("base_model.model.") for key in header))
         parts = {}
         for key in header:
             part, layer, kind = parse_lora_key(key)
@@ -266,7 +282,7 @@ def read_lora_file(path):
         raise InputError(f"{path} {error}") from error
     except (ValueError, struct.error) as error:
         raise InputError(f"{path} is damaged: {short_reason(error)}; download it again") from error
-    return LoraFile(path, parts, {key: shape for key, (_, shape) in header.items()}, alphas, settings)
+    return LoraFile(path, parts, {key: shape for key, (_, shape) in header.items()}, alphas, settings, resolution)
 
 
 def check_lora(flag, path, part=None):
@@ -291,12 +307,12 @@ def layer_size(file, part, layer, use_rslora):
     is_rslora = False
     if "alpha" in keys:
         alpha = file.alphas[keys["alpha"]]
-    elif f"{part}.lora_alpha" in file.settings:
+    elif file.settings.get(f"{part}.lora_alpha"):
         is_rslora = bool(file.settings.get(f"{part}.use_rslora"))
-        alpha = file.settings[f"{part}.lora_alpha"]
-        for name, value in (file.settings.get(f"{part}.alpha_pattern") or {}).items():
-            if f"_{layer}".endswith("_" + name.replace(".", "_").removeprefix("text_model_")):
-                alpha = value
+        patterns = file.settings.get(f"{part}.alpha_pattern") or {}
+        name = re.sub(r"^(unet|text_encoder|text_encoder_2|base_model\.model)\.|\.lora.*", "", keys["down"])
+        matching = (key for key in patterns if re.match(rf"(.*\.)?({key})$", name))  # as PEFT: the first one counts
+        alpha = patterns.get(next(matching, None), file.settings[f"{part}.lora_alpha"])
     else:
         alpha = rank / math.sqrt(rank) if use_rslora else rank
         is_rslora = use_rslora
@@ -396,8 +412,11 @@ def find_layers(file, part, model):
         rank = file.shapes[keys["down"]][0]
         expected = {"down": rank * math.prod(shape[1:]), "up": rank * shape[0], "magnitude": shape[0]}
         for kind in expected.keys() & keys.keys():
-            if math.prod(file.shapes[keys[kind]]) != expected[kind]:
-                found, own = (" × ".join(map(str, size)) for size in (file.shapes[keys[kind]], shape))
+            found = file.shapes[keys[kind]]
+            # the magnitudes of a row each are (out,), (out, 1, …) or PEFT's (1, out, 1, 1); LyCORIS also has (1, in)
+            is_row = kind != "magnitude" or len(found) == 1 or found[0] == shape[0] or len(found) == 4
+            if math.prod(found) != expected[kind] or not is_row:
+                found, own = (" × ".join(map(str, size)) for size in (found, shape))
                 raise InputError(f"{file.path} does not fit this {part}: {keys[kind]} is {found}, the layer is {own}")
         names[layer] = name
     if len(set(names.values())) < len(names):
@@ -432,7 +451,7 @@ def adapter_options(file, part, model, use_rslora):
         "use_rslora": use_rslora,
     }
     targets = {key: file.settings.get(f"{part}.{key}") for key in ("target_modules", "layers_to_transform")}
-    if not targets["target_modules"] or not match_targets(model, names.values(), **targets):
+    if not isinstance(targets["target_modules"], list) or not match_targets(model, names.values(), **targets):
         targets = {"target_modules": list(names.values())}
     return options | targets
 
@@ -443,10 +462,12 @@ def load_lora(file, part, model, adapter="default"):
         for layer, name in find_layers(file, part, model).items():
             module = model.get_submodule(name)
             own = {"down": module.lora_A, "up": module.lora_B, "magnitude": module.lora_magnitude_vector}
-            for kind, key in file.parts[part][layer].items():
-                if kind != "alpha":
-                    weight = own[kind][adapter].weight.data
-                    weight.copy_(tensors.get_tensor(key).reshape(weight.shape))
+            keys = file.parts[part][layer]
+            for kind in own.keys() & keys.keys():
+                weight = own[kind][adapter].weight.data
+                weight.copy_(tensors.get_tensor(keys[kind]).reshape(weight.shape))
+                if not weight.isfinite().all():
+                    raise InputError(f"{file.path}: {keys[kind]} has a NaN or infinite value")
 
 
 def attach_lora(file, part, model, adapter, scale, dtype=None):
@@ -488,7 +509,9 @@ def merge_layers(model):
         base = layer.get_base_layer()
         dtype = base.weight.dtype
         base.float()
-        layer.merge(adapter_names=list(layer.scaling))
+        for adapter in list(layer.scaling):
+            layer.merge(adapter_names=[adapter])
+            layer.merged_adapters.clear()  # or PEFT would compute the next DoRA's norm without this one
         parent, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(parent), own_name, base.to(dtype))
     del model.peft_config
@@ -560,9 +583,18 @@ def merge_given_loras(values, models):
 
 
 def merge_code(values):
-    """Returns the model card's lines that merge the LoRAs of --merge_lora into a pipeline; "" without any."""
+    """Returns the model card's lines that merge the LoRAs of --merge_lora into a pipeline; "" without any.
+
+    A comment warns of the files that diffusers reads differently: kohya's with DoRA, or with alphas that differ.
+    """
     code = ""
     for path, scale in map(parse_merge, values or ()):
+        try:
+            file = read_lora_file(path)
+            if len(set(file.alphas.values())) > 1 or any("dora_scale" in key for key in file.shapes):
+                code += "# diffusers reads this file only in part; evaluate.py --merge_lora reads all of it\n"
+        except InputError as error:  # it was there when the run began
+            code += f"# {error}\n"
         code += f"pipeline.load_lora_weights({json.dumps(path)})\npipeline.fuse_lora(lora_scale={scale})\n"
         code += "pipeline.unload_lora_weights()\n"
     return code

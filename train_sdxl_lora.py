@@ -394,13 +394,10 @@ def take_lora_flags(parser, args):
     """Sets rank, alpha and so on as in --init_lora. Exits if the file is unusable or a given flag contradicts it."""
     if args.init_lora is None:
         return
-    if Path(args.init_lora).resolve().is_relative_to(Path(args.output_dir).resolve()):
-        remedy = "continue with --resume_from_checkpoint, or give another --output_dir"
-        parser.error(f"--init_lora: {args.init_lora} is in --output_dir; {remedy}")
     try:
         flags = sdxl_lora.lora_flags(args.init_lora, args.use_rslora)
     except InputError as error:
-        parser.error(f"--init_lora: {error}")
+        parser.error(f"--init_lora: {error}" + ("; resuming needs it, too" if args.resume_from_checkpoint else ""))
     if args.stage == "refiner" and "train_text_encoder" in flags:
         parser.error(f"--init_lora: {args.init_lora} has adapters of text encoders; a refiner's LoRA has none")
     for name, value in flags.items():
@@ -470,7 +467,8 @@ def check_model_flags(parser, args):
     if args.use_8bit_adam and args.optimizer == "prodigy":
         parser.error("--use_8bit_adam: contradicts --optimizer prodigy; give one of them")
     if args.cache_text_embeddings and args.train_text_encoder:
-        parser.error("--cache_text_embeddings: contradicts --train_text_encoder; give one of them")
+        source = "--init_lora, which trains text encoders" if args.init_lora else "--train_text_encoder"
+        parser.error(f"--cache_text_embeddings: contradicts {source}; give one of them")
     if args.cache_text_embeddings and (args.shuffle_tags or args.tag_dropout):
         flag = "--shuffle_tags" if args.shuffle_tags else "--tag_dropout"
         parser.error(f"--cache_text_embeddings: contradicts {flag}, which changes captions; give one of them")
@@ -529,11 +527,15 @@ def check_model_paths(parser, args):
     """Exits with a one-line error if a flag names a model folder or LoRA file that is missing or incomplete."""
     try:
         sdxl_single_file.check_model_flags(args)
-        sdxl_lora.read_merges(args.merge_lora)
+        named = [("--merge_lora", file.path) for file, _ in sdxl_lora.read_merges(args.merge_lora)]
         sdxl_lora.check_lora("--validation_base_lora", args.validation_base_lora)
         sdxl_lora.check_lora("--text_encoder_2_lora", args.text_encoder_2_lora, "text_encoder_2")
     except InputError as error:
         parser.error(str(error))
+    for flag, path in [("--init_lora", args.init_lora or os.devnull), *named]:
+        if Path(path).resolve().is_relative_to(Path(args.output_dir).resolve()):
+            remedy = "continue with --resume_from_checkpoint, or give another --output_dir"
+            parser.error(f"{flag}: {path} is in --output_dir; {remedy}")
 
 
 def check_data_paths(parser, args):
@@ -632,6 +634,7 @@ class Models:
     sampling_scheduler: diffusers.SchedulerMixin
     timestep_band: tuple  # (lowest, highest) that are trained on
     stage: str = "base"
+    fingerprint: str = ""  # of the weights in the files
     merged_loras: list = field(default_factory=list)  # [SHA-256, scale] of each LoRA that was merged into them
     caption_chunks: int = 1  # chunks of 75 tokens that every caption is encoded in
     empty_prompt: tuple | None = None  # (prompt_embeds, pooled_prompt_embeds) of "", with cached captions
@@ -730,6 +733,12 @@ def load_scheduler_config(args):
     return config
 
 
+def fingerprint_parts(*parts):
+    """Returns a hash that identifies the given models. It reads the first 8 values of every tensor."""
+    heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
+    return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
+
+
 def load_models(args, weight_dtype, device, unet_weights=True):
     """Loads all models that --stage needs. Raises InputError, naming the flag, if a part cannot be loaded.
 
@@ -739,14 +748,16 @@ def load_models(args, weight_dtype, device, unet_weights=True):
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
-    merged_loras = sdxl_lora.merge_given_loras(
-        args.merge_lora, {"unet": unet} | dict(zip(ENCODER_NAMES[args.stage], text_encoders))
-    )
     own_vae = "--pretrained_vae_model_name_or_path"
     place = (None, own_vae) if args.pretrained_vae_model_name_or_path else ("vae",)
     options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
     vae = load_part(args, AutoencoderKL.from_pretrained, *place, **options)
     vae.to(memory_format=torch.channels_last)  # its convolutions are a third faster
+    # Before merging, whose sums differ in the last bit on other machines; the merged files have their own hashes.
+    fingerprint = fingerprint_parts(unet, vae, *text_encoders) if unet_weights else ""
+    merged_loras = sdxl_lora.merge_given_loras(
+        args.merge_lora, {"unet": unet} | dict(zip(ENCODER_NAMES[args.stage], text_encoders))
+    )
     vae.to(device)
     for encoder in text_encoders:
         encoder.to(device, weight_dtype)
@@ -768,6 +779,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
         timestep_band=(low, high),
         stage=args.stage,
         merged_loras=merged_loras,
+        fingerprint=fingerprint,
     )
 
 
@@ -783,12 +795,6 @@ def load_base_pipeline(args, models, weight_dtype):
         except Exception as error:  # as in load_part
             raise InputError(f"--validation_base_lora: {args.validation_base_lora}: {short_reason(error)}") from error
     return pipeline
-
-
-def fingerprint_parts(*parts):
-    """Returns a hash that identifies the given models. It reads the first 8 values of every tensor."""
-    heads = [tensor.detach().flatten()[:8].float().cpu() for part in parts for tensor in part.state_dict().values()]
-    return hashlib.blake2b(torch.cat(heads).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 # Seam: which layers get an adapter. Contract: the names exist in the model and get a gradient (both are checked).
@@ -870,6 +876,8 @@ def add_adapters(args, models, seed):
     for name, model in trained.items():
         flag = "--lora_target_modules" if name == "unet" else "--train_text_encoder"
         is_given = file is not None and name in file.parts
+        if file is not None and not is_given:
+            logger.info("--init_lora: %s has nothing for the %s, which gets new adapters", file.path, name)
         options = init_lora_options(args, file, name, model) if is_given else adapter_options(args, name, model)
         add_adapter(model, flag, lora_dropout=args.lora_dropout, **options)
         if is_given and model.device.type != "meta":
@@ -1525,13 +1533,13 @@ def make_resume_signature(args, accelerator, index, mix):
     They are the flags listed in MATHEMATICS, the precision, the global batch size, the data, and the LoRA files.
     """
     distribution = repr([(name, float(q)) for name, q in zip(mix.names, mix.data)])
-    signature = {name: getattr(args, name) for name in MATHEMATICS}
+    init_lora = sdxl_lora.hash_file(sdxl_lora.find_lora(args.init_lora)) if args.init_lora else None
+    signature = {"init_lora": init_lora, "merge_lora": sdxl_lora.list_merges(args.merge_lora) or None}
+    signature |= {name: getattr(args, name) for name in MATHEMATICS}
     signature["mixed_precision"] = accelerator.mixed_precision
     signature["global_batch"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     signature["dataset"] = index.fingerprint()
     signature["class_distribution"] = f"{data.hash_text(distribution):016x}"
-    signature["init_lora"] = sdxl_lora.hash_file(sdxl_lora.find_lora(args.init_lora)) if args.init_lora else None
-    signature["merge_lora"] = sdxl_lora.list_merges(args.merge_lora) or None
     return json.loads(json.dumps(signature))  # as it will be read back: tuples are lists
 
 
@@ -2911,7 +2919,7 @@ def load_frozen_models(args, accelerator, progress, signature, index):
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device)
     set_caption_chunks(args, accelerator, models, index)
-    signature["base_model"] = fingerprint_parts(models.unet, models.vae, *models.text_encoders)
+    signature["base_model"] = models.fingerprint
     if progress.resume_signature:
         check_resume(progress.resume_signature, signature, args.allow_batch_change)
         flags = {name: value for name, value in other_flags(args).items() if name in progress.flags}

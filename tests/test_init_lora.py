@@ -147,6 +147,7 @@ def test_a_fresh_optimizer_and_step_and_new_adapters_beside_the_given_ones(flags
     assert [row["step"] for row in result.metrics() if "loss" in row] == [1, 2, 3, 4]
     optimizer = torch.load(result.output_dir / "checkpoint-1/optimizer.bin", weights_only=True)
     assert {float(state["step"]) for state in optimizer["state"].values()} == {1.0}
+    assert "has nothing for the text_encoder_2, which gets new adapters" in result.output
     parts = {key.split(".")[0] for key in read(result.output_dir / LORA_FILE)[0]}
     assert parts == {"unet", "text_encoder", "text_encoder_2"}
 
@@ -182,6 +183,7 @@ def test_the_files_settings_are_written_down(flags, plain_flags, tmp_path):
             ["--init_lora", "STYLE", "--no-train_text_encoder"],
             r"--train_text_encoder: found False; --init_lora .* True",
         ),
+        (["--init_lora", "STYLE", "--cache_text_embeddings"], r"contradicts --init_lora, which trains text encoders"),
         (["--init_lora", "STYLE", "--stage", "refiner"], r"--init_lora: .* has adapters of text encoders; a refiner"),
     ],
 )
@@ -195,9 +197,9 @@ def test_flags_that_contradict_the_file_are_refused(plain_flags, layers, trained
 
 
 def test_a_lora_in_the_output_folder_is_refused(plain_flags, own_run):
-    argv = [*plain_flags, "--init_lora", own_run / "checkpoint-4", "--overwrite_output_dir"]
-    result = run_trainer(argv, own_run)
-    assert result.codes == [2] and "--init_lora: " in result.output
+    for flag, value in (("--init_lora", own_run / "checkpoint-4"), ("--merge_lora", f"{own_run}:0.5")):
+        result = run_trainer([*plain_flags, flag, value, "--overwrite_output_dir"], own_run)
+        assert result.codes == [2] and f"error: {flag}: {own_run}" in result.output
     assert "is in --output_dir; continue with --resume_from_checkpoint, or give another" in result.output
     assert (own_run / "checkpoint-4").is_dir()
 
@@ -281,6 +283,55 @@ def test_sample_pictures_evaluation_and_the_cards_code_draw_with_the_merged_lora
     assert not {job.path for job in jobs[0]} & {job.path for job in jobs[1]}  # no picture is taken for the other's
 
 
+def test_captions_in_a_cache_are_those_of_this_merge_alone(flags, layers, tmp_path):
+    """Even of one that leaves the first row of every weight, which the hash of a model reads, as it is."""
+    lora = make_lora(select(layers, text_encoder="self_attn", text_encoder_2="self_attn"))
+    for values in lora.values():
+        values["up"][0] = 0
+    file = foreign.write_kohya(tmp_path / "a.safetensors", lora)
+    cached = [*flags, "--crop", "center", "--cache_text_embeddings", "--cache_dir", tmp_path / "cache"]
+    assert_ok(run_trainer(cached, tmp_path / "without"))
+    found = assert_ok(run_trainer([*cached, "--merge_lora", file], tmp_path / "cached"))
+    expected = assert_ok(run_trainer([*flags, "--crop", "center", "--merge_lora", file], tmp_path / "plain"))
+    tensors = [read(run.output_dir / LORA_FILE)[0] for run in (expected, found)]
+    assert all(torch.allclose(tensors[0][key], tensors[1][key], atol=1e-5) for key in tensors[0])
+
+
+def test_the_card_warns_of_files_that_diffusers_reads_in_part(layers, tmp_path):
+    plain = foreign.write_kohya(tmp_path / "a.safetensors", make_lora(select(layers, unet="attn")))
+    mixed = foreign.write_kohya(tmp_path / "b.safetensors", make_lora(select(layers, unet="attn"), alphas=(1.0, 2.0)))
+    dora = foreign.write_kohya(tmp_path / "c.safetensors", make_lora(select(layers, unet="attn"), dora=True))
+    warned = ["only in part" in sdxl_lora.merge_code([str(file)]) for file in (plain, mixed, dora)]
+    assert warned == [False, True, True]
+    assert "# no LoRA file" in sdxl_lora.merge_code([str(tmp_path / "gone.safetensors")])
+
+
+def test_a_sweep_leaves_out_what_the_lora_fixes_and_refuses_a_merge_into_a_refiner(plain_flags, style, tmp_path):
+    at = plain_flags.index("--max_train_steps")  # the sweep sets it
+    argv = [*plain_flags[:at], *plain_flags[at + 2 :], "--validation_prompt", "x"]
+    argv = [word for n, word in enumerate(argv) if "--learning_rate" not in argv[max(n - 1, 0) : n + 1]]
+    own = ["--output_dir", tmp_path / "sweep", "--objective", "score", "--"]
+    searched = {parameter.flag for parameter in hpo_sweep.parse_args([*own, *argv]).space}
+    fixed = {parameter.flag for parameter in hpo_sweep.parse_args([*own, *argv, "--init_lora", style]).space}
+    assert "rank" in searched and "rank" not in fixed and "learning_rate" in fixed
+    stage = ["--stage", "refiner", "--refiner_unet", ROOT / "demo/refiner/unet", "--merge_lora", style]
+    with pytest.raises(SystemExit):
+        hpo_sweep.parse_args([*own, *argv, *stage])
+
+
+def test_a_path_with_a_scale_becomes_absolute_in_a_sweep(style, monkeypatch):
+    monkeypatch.chdir(style.parent)
+    assert hpo_sweep.make_absolute([f"{style.name}:0.5", style.name]) == [f"{style}:0.5", str(style)]
+
+
+def test_evaluation_names_a_file_that_is_no_lora_before_it_draws(tmp_path, capsys):
+    (tmp_path / "page.safetensors").write_bytes(b"<html>")
+    words = ["--pretrained_model_name_or_path", SDXL, "--output_dir", tmp_path / "eval"]
+    with pytest.raises(SystemExit):
+        evaluate.parse_args([str(word) for word in [*words, "--lora", tmp_path / "page.safetensors"]])
+    assert re.search(r"--lora: .*page.safetensors is damaged or incomplete", capsys.readouterr().err)
+
+
 def test_a_sweep_scores_with_the_merged_lora(plain_flags, style, tmp_path):
     at = plain_flags.index("--max_train_steps")  # the sweep sets it
     argv = [*plain_flags[:at], *plain_flags[at + 2 :], "--validation_prompt", "x", "--merge_lora", f"{style}:0.5"]
@@ -359,3 +410,9 @@ def test_resuming_with_another_lora_or_scale_is_refused_by_name(plain_flags, tra
     result = run_trainer(without, tmp_path / "run")
     assert result.codes == [1] and re.search(r"--merge_lora: .*0\.5\]\] in the checkpoint, None now", result.output)
     assert_ok(run_trainer([*first, *resume, "--merge_lora", f"{copy}:0.5"], tmp_path / "run"))  # the same content
+    signature = json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())["law"]
+    unmerged = json.loads((trained.output_dir / "checkpoint-2/progress.json").read_text())["law"]
+    assert signature["base_model"] == unmerged["base_model"]  # no hash of sums, which differ on other machines
+    gone = [*plain_flags, "--init_lora", tmp_path / "gone.safetensors", *resume]
+    result = run_trainer(gone, tmp_path / "run")
+    assert result.codes == [2] and re.search(r"no LoRA file .*gone.*; resuming needs it, too", result.output)

@@ -7,8 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
 from foreign_loras import change_of, make_lora, select, weights
 from harness import SDXL
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 import sdxl_lora
 import sdxl_single_file
@@ -70,7 +73,7 @@ def test_alphas_are_read_in_every_precision(layers, tmp_path, dtype):
     [
         (("lora_A.weight", "lora_B.weight"), "{part}."),
         (("lora.down.weight", "lora.up.weight"), "{part}."),
-        (("lora_A.default.weight", "lora_B.default.weight"), "base_model.model."),
+        (("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"), "{part}."),
         (("lora_A.weight", "lora_B.weight"), "diffusion_model."),
         (("lora_A.weight", "lora_B.weight"), ""),
     ],
@@ -114,11 +117,83 @@ def test_dora_is_merged(layers, tmp_path, write):
     lora = make_lora(chosen, alphas=(2.0,), dora=True)
     if write is foreign.write_diffusers:  # PEFT keeps a convolution's magnitudes as (1, out, 1, 1)
         for values in lora.values():
-            values["magnitude"] = values["magnitude"].reshape(1, -1, *[1] * (values["down"].ndim - 2))
+            if values["down"].ndim == 4:
+                values["magnitude"] = values["magnitude"].reshape(1, -1, 1, 1)
     file = write(tmp_path / "a.safetensors", lora)
     for values in lora.values():
         values["magnitude"] = values["magnitude"].flatten()
     assert_merged(merge(file), layers, lora)
+
+
+def test_a_file_of_peft_is_merged_with_its_configuration(layers, tmp_path):
+    lora = make_lora(select(layers, unet="attn1"), ranks=(2,), alphas=(8.0,))
+    names = ("lora_A.weight", "lora_B.weight")
+    file = foreign.write_diffusers(tmp_path / "adapter_model.safetensors", lora, names, "base_model.model.")
+    with pytest.raises(InputError, match="says nothing of its alpha; put PEFT's adapter_config.json beside it"):
+        merge(file)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "use_rslora": false}')
+    assert_merged(merge(file), layers, lora)
+    assert_merged(merge(tmp_path), layers, lora)  # the folder
+
+
+def test_a_file_that_diffusers_writes_of_one_model_keeps_its_alpha(layers, tmp_path):
+    unet = foreign.load_demo()["unet"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_k"]))
+    unet.save_lora_adapter(tmp_path / "out", adapter_name="default", safe_serialization=True)
+    unet.fuse_lora()
+    unet.unload_lora()
+    found = merge(tmp_path / "out")
+    theirs = weights({"unet": unet})
+    assert all(torch.allclose(found[key], weight, rtol=1e-5, atol=1e-6) for key, weight in theirs.items())
+    assert sum(not torch.equal(found[key], weight) for key, weight in layers.items()) > 10
+
+
+def test_a_file_of_diffusers_training_script_is_merged(layers, tmp_path):
+    """What train_text_to_image_lora_sdxl.py does at its end."""
+    models = foreign.load_demo()
+    states = {}
+    for part, targets in (
+        ("unet", ["to_q", "to_out.0"]),
+        ("text_encoder", ["q_proj"]),
+        ("text_encoder_2", ["q_proj"]),
+    ):
+        models[part].add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets))
+        states[part] = convert_state_dict_to_diffusers(get_peft_model_state_dict(models[part]))
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, states["unet"], states["text_encoder"], states["text_encoder_2"]
+    )
+    expected = StableDiffusionXLPipeline.from_pretrained(SDXL, dtype=torch.float32, add_watermarker=False)
+    expected.load_lora_weights(tmp_path)
+    expected.fuse_lora()
+    expected.unload_lora_weights()
+    theirs = weights({part: getattr(expected, part) for part in states})
+    found = merge(tmp_path)
+    assert all(torch.allclose(found[key], weight, rtol=1e-5, atol=1e-6) for key, weight in theirs.items())
+    assert sum(not torch.equal(found[key], weight) for key, weight in layers.items()) > 10
+
+
+@pytest.mark.parametrize("pattern, hits", [(r".*attn1\.to_q", "to_q"), ("to_k", "to_k"), ("q", None)])
+def test_alphas_by_layer_are_matched_as_peft_does(layers, tmp_path, pattern, hits):
+    lora = make_lora(select(layers, unet="attn1"), ranks=(2,), alphas=(None,))
+    settings = {"unet.r": 2, "unet.lora_alpha": 2.0, "unet.alpha_pattern": {pattern: 8.0, "to_q": 1.0}}
+    file = foreign.write_diffusers(tmp_path / "a.safetensors", lora, settings=settings)
+    for (_, name), values in lora.items():
+        expected = 8.0 if hits and name.endswith(hits) else 1.0 if name.endswith("to_q") else 2.0
+        values["alpha"] = torch.tensor(expected)
+    assert_merged(merge(file), layers, lora)
+
+
+def test_a_dora_after_another_lora_starts_from_the_sum(layers, tmp_path):
+    first = make_lora(select(layers, unet="attn|conv1"), seed=1)
+    second = make_lora(select(layers, unet="attn|conv1"), dora=True, seed=2)
+    files = [foreign.write_kohya(tmp_path / f"{n}.safetensors", lora) for n, lora in enumerate((first, second))]
+    models = foreign.load_demo()
+    sdxl_lora.merge_given_loras([str(file) for file in files], models)
+    for key, weight in weights(models).items():
+        if key in first:
+            summed = layers[key] + change_of(first[key], layers[key])
+            expected = summed + change_of(second[key], summed)
+            assert torch.allclose(weight, expected, rtol=1e-5, atol=2e-6), key
 
 
 def test_several_are_merged_and_rounded_once(layers, tmp_path):
@@ -202,6 +277,13 @@ def pair_of(layer, down=(2, 96), up=(96, 2), **more):
     return tensors(**{f"{layer}__lora_down__weight": down, f"{layer}__lora_up__weight": up} | more)
 
 
+def odd_values(alpha=1.0, up=1.0):
+    values = {"lora_down.weight": torch.ones(2, 96), "lora_up.weight": torch.full((96, 2), up)}
+    values["alpha"] = torch.tensor(alpha)
+    named = {f"lora_unet_{ATTENTION}.{name}": tensor for name, tensor in values.items()}
+    return lambda path: safetensors.torch.save_file(named, path)
+
+
 @pytest.mark.parametrize(
     "write, found",
     [
@@ -227,6 +309,17 @@ def pair_of(layer, down=(2, 96), up=(96, 2), **more):
             f"does not fit this unet: lora_unet_{ATTENTION}.dora_scale is 1 × 90, the layer is 96 × 96",
         ),
         (lambda path: path.write_bytes(b"nothing"), "is damaged or incomplete"),
+        (
+            pair_of(f"lora_unet_{ATTENTION}", **{f"lora_unet_{ATTENTION}__dora_scale": (1, 96)}),
+            f"does not fit this unet: lora_unet_{ATTENTION}.dora_scale is 1 × 96, the layer is 96 × 96",
+        ),
+        (pair_of(f"lora_unet_{ATTENTION}", **{f"lora_unet_{ATTENTION}__alpha": (2,)}), "holds"),
+        (odd_values(alpha=0.0), f"holds lora_unet_{ATTENTION}.alpha = 0.0 (F32); expected one number above 0"),
+        (
+            odd_values(alpha=float("nan")),
+            f"holds lora_unet_{ATTENTION}.alpha = nan (F32); expected one number above 0",
+        ),
+        (odd_values(up=float("inf")), f"lora_unet_{ATTENTION}.lora_up.weight has a NaN or infinite value"),
     ],
 )
 def test_a_file_that_cannot_be_merged_is_named(tmp_path, write, found):
@@ -257,6 +350,7 @@ def test_missing_files_pickles_and_useless_scales_are_refused(layers, tmp_path):
         (f"{tmp_path / 'b.safetensors'}:0.5", "no LoRA file .*b.safetensors; give"),
         (tmp_path, "no LoRA file .*pytorch_lora_weights.safetensors"),
         (tmp_path / "a.pt", ".*a.pt is a pickle, which can run any code"),
+        ("", "the path is empty"),
         (f"{file}:0", "the scale of .* is 0.0; expected a number other than 0"),
         (f"{file}:nan", "the scale of .* is nan"),
         (f"{file}:1,5", "no LoRA file"),
@@ -276,6 +370,14 @@ def test_a_scale_is_told_from_a_name_with_a_colon(tmp_path, monkeypatch):
         ("style:2", ("style:2", 1.0)),
     ):
         assert sdxl_lora.parse_merge(text) == expected
+
+
+@pytest.mark.parametrize("settings", ["null", "[1]", '{"unet.lora_alpha": null}', '{"unet.target_modules": 5}'])
+def test_odd_headers_count_for_nothing(layers, tmp_path, settings):
+    lora = make_lora(select(layers, unet="attn1"), alphas=(None,))
+    file = foreign.write_diffusers(tmp_path / "a.safetensors", lora)
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {"lora_adapter_metadata": settings})
+    assert_merged(merge(file), layers, lora)
 
 
 def test_adapters_of_a_model_that_is_not_there_are_refused(layers, tmp_path):
