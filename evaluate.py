@@ -512,7 +512,7 @@ def find_files(paths):
 
 
 def collect_files(state, paths):
-    """Copies the files that the main process does not see to its disk, from the ranks that see them."""
+    """Copies files that only other ranks can see to the main process's disk."""
     sent = []
     for path, ranks in zip(paths, find_files(paths)):
         if 0 not in ranks and ranks[:1] == [state.process_index]:
@@ -604,7 +604,7 @@ def load_head_layers(path):
 
 
 def score_aesthetic(path, embeddings):
-    """Returns the scores (n,) of LAION's aesthetic head, about 1 to 10, for CLIP embeddings, unit vectors (n, D).
+    """Returns LAION's aesthetic scores (n,), about 1 to 10, for CLIP embeddings that are unit vectors (n, D).
 
     The head is linear, or an MLP without activations (github.com/christophschuhmann/improved-aesthetic-predictor).
     Raises InputError if the file does not load or its layers do not map D inputs to one output.
@@ -615,7 +615,7 @@ def score_aesthetic(path, embeddings):
     fitting = [(after, before) for before, after in zip(widths, widths[1:])]
     if not layers or widths[-1] != 1 or [tuple(weight.shape) for weight, _ in layers] != fitting:
         found = " → ".join(f"{weight.shape[1]}×{weight.shape[0]}" for weight, _ in layers) or "no layers"
-        raise InputError(f"--aesthetic_head: {path} has {found}; expected a head from {width} numbers to 1")
+        raise InputError(f"--aesthetic_head: {path} has {found}; expected {width} inputs and 1 output")
     values = torch.from_numpy(embeddings).float()
     for weight, bias in layers:
         values = values @ weight.T + bias
@@ -764,7 +764,7 @@ def open_source(args, flag):
 
 
 def embed_source(state, args, flag):
-    """Returns a Reference of all usable images that `flag` names in the main process, and None in the others.
+    """In the main process, returns a Reference of the usable images that `flag` names; in the others, None.
 
     Reads it from --output_dir if it was saved there. Otherwise the processes share the work. Raises InputError if no
     image is usable.

@@ -122,7 +122,7 @@ def describe_objective(scheduler):
 
 
 def scheduler_code(scheduler):
-    """Returns the model card's line that gives a pipeline this scheduler configuration. None or diffusers' own: ""."""
+    """Returns the model card's line that sets this scheduler; "" for None, or without v-prediction and zero SNR."""
     if scheduler is None or not describe_objective(scheduler):
         return ""
     options = (
@@ -182,7 +182,7 @@ ORIGINAL_LAYERS |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.li
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What the header of a LoRA file says. The names of layers are as in the file, with `_` for every dot."""
+    """What the header of a LoRA file says. Layers have the file's names without prefixes, with `_` for every dot."""
 
     path: Path
     parts: dict  # "unet", "text_encoder" or "text_encoder_2" → layer → "down", "up", "alpha", … → name of the tensor
@@ -215,7 +215,7 @@ def read_metadata(path, is_peft):
     if is_peft:
         config = path.with_name("adapter_config.json")
         if not config.is_file():
-            raise InputError("says nothing of its alpha; put PEFT's adapter_config.json beside it")
+            raise InputError("does not give its alpha; put PEFT's adapter_config.json beside it")
         settings = json.loads(config.read_text())
     settings = settings if isinstance(settings, dict) else {}
     if "lora_alpha" in settings:  # a file of one model has no prefix
@@ -238,7 +238,7 @@ def parse_lora_key(key):
 
 
 def read_numbers(path, names):
-    """Returns {name: value} of tensors without torch. Raises InputError if one is not a single number above 0."""
+    """Returns {name: value} of tensors; needs no torch. Raises InputError if one is not a single number above 0."""
     formats = {"F64": "<d", "F32": "<f", "BF16": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B"}
     numbers = {}
     with open(path, "rb") as file:
@@ -249,7 +249,7 @@ def read_numbers(path, names):
             start, end = header[name]["data_offsets"]
             file.seek(8 + size + start)
             content = file.read(end - start)
-            if dtype == "BF16":  # the first half of a float32
+            if dtype == "BF16":  # the upper half of a float32
                 content = b"\0\0" + content
             fits = dtype in formats and len(content) == struct.calcsize(formats[dtype])
             numbers[name] = struct.unpack(formats[dtype], content)[0] if fits else math.nan
@@ -275,7 +275,7 @@ def read_lora_file(path):
             parts.setdefault(part, {}).setdefault(layer, {})[kind] = key
         half = [keys for layers in parts.values() for keys in layers.values() if not {"down", "up"} <= keys.keys()]
         if half or not parts:
-            found = f"only {', '.join(half[0].values())}" if half else "no tensors"
+            found = f"only {', '.join(half[0].values())} of a layer" if half else "no tensors"
             raise InputError(f"holds {found}; expected both matrices of every layer")
         alphas = read_numbers(path, [key for key in header if key.endswith(".alpha")])
     except InputError as error:
@@ -406,14 +406,14 @@ def find_layers(file, part, model):
     for layer, keys in file.parts[part].items():
         if layer not in known:
             raise InputError(
-                f"{file.path} does not fit this {part}, which has no layer {layer}; is it of another model?"
+                f"{file.path} does not fit this {part}, which has no layer {layer}; is it for another model?"
             )
         name, shape = known[layer]
         rank = file.shapes[keys["down"]][0]
         expected = {"down": rank * math.prod(shape[1:]), "up": rank * shape[0], "magnitude": shape[0]}
         for kind in expected.keys() & keys.keys():
             found = file.shapes[keys[kind]]
-            # the magnitudes of a row each are (out,), (out, 1, …) or PEFT's (1, out, 1, 1); LyCORIS also has (1, in)
+            # magnitudes per row are (out,), (out, 1, …) or PEFT's (1, out, 1, 1); LyCORIS's (1, in) are per column
             is_row = kind != "magnitude" or len(found) == 1 or found[0] == shape[0] or len(found) == 4
             if math.prod(found) != expected[kind] or not is_row:
                 found, own = (" × ".join(map(str, size)) for size in (found, shape))
@@ -441,7 +441,7 @@ def adapter_options(file, part, model, use_rslora):
     names = find_layers(file, part, model)
     sizes = {name: layer_size(file, part, layer, use_rslora) for layer, name in names.items()}
     rank, alpha = common_size(sizes.values())
-    short = {name: name.removeprefix("text_model.") for name in sizes}  # as versions of transformers differ in it
+    short = {name: name.removeprefix("text_model.") for name in sizes}  # not in all versions of transformers
     options = {
         "r": rank,
         "lora_alpha": alpha,
@@ -457,7 +457,7 @@ def adapter_options(file, part, model, use_rslora):
 
 
 def load_lora(file, part, model, adapter="default"):
-    """Copies a model's part of a LoRA file into its adapters, which were made with adapter_options."""
+    """Copies a model's part of a LoRA file into adapters made with adapter_options. Raises InputError for NaN."""
     with safetensors.safe_open(file.path, "pt") as tensors:
         for layer, name in find_layers(file, part, model).items():
             module = model.get_submodule(name)
@@ -532,7 +532,7 @@ def merge_into(part, model, merges):
 
 
 def merge_loras(flag, models, merges):
-    """Adds LoRAs to the weights of `models`, a dict from "unet" and so on. `merges` are pairs (LoraFile, scale).
+    """Adds LoRAs to the weights of `models`, keyed by "unet" and so on. `merges` are pairs (LoraFile, scale).
 
     The sum is rounded once, to the dtype of the weights. Models on the meta device are only checked. Raises an
     InputError that names `flag` if a file does not fit.
@@ -545,7 +545,7 @@ def merge_loras(flag, models, merges):
 
 
 def parse_merge(text):
-    """Returns (path, scale) of a --merge_lora value, FILE or FILE:SCALE. Raises ValueError if the scale is useless."""
+    """Returns (path, scale) of a --merge_lora value, FILE or FILE:SCALE. Raises ValueError for a scale of 0 or inf."""
     path, colon, scale = text.rpartition(":")
     try:
         scale = float(scale)
@@ -554,7 +554,7 @@ def parse_merge(text):
     if not colon or Path(text).expanduser().exists():
         return text, 1.0
     if scale == 0 or not math.isfinite(scale):
-        raise ValueError(f"the scale of {text} is {scale}; expected a number other than 0")
+        raise ValueError(f"the scale of {text} is {scale}; expected a finite number other than 0")
     return path, scale
 
 

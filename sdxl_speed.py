@@ -1,4 +1,4 @@
-"""Layers and kernels that make training faster or smaller. The results are the same, except for rounding.
+"""Layers and kernels that make training faster or smaller. Except in section 2, results differ only by rounding.
 
 The sections; each calls only what is above it:
      1 LoRA layers        fp32 adapters in a model of another precision
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sdxl_data import InputError
 from sdxl_single_file import short_reason
 
-# --gradient_checkpointing → bytes of activations that a 1024 px image keeps in SDXL's UNet in 16 bits, counted
+# --gradient_checkpointing → bytes of 16-bit activations that SDXL's UNet keeps for a 1024 px image (by counting)
 ACTIVATION_BYTES = {"none": 5.8e9, "blocks": 1.0e9, "full": 0.55e9}
 RECOMPILE_LIMIT = 512  # graphs a block may have under --compile: two widths for every shape of --crop bucket
 
@@ -32,10 +32,10 @@ logger = logging.getLogger("train_sdxl_lora.speed")
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, y = x W + b + s (x A) B (arXiv:2106.09685), with a fused last step.
+    """PEFT's LoRA layer, y = x W^T + b + s (x A^T) B^T (arXiv:2106.09685), with a fused last step.
 
-    One kernel multiplies x A by B, scales the product by s and adds it to x W + b. x has shape (…, in) and y has shape
-    (…, out). A and B are stored in fp32 and cast to the dtype of x.
+    One kernel multiplies x A^T by B^T, scales the product by s and adds it to x W^T + b. x has shape (…, in), y has
+    shape (…, out). A and B are stored in fp32 and cast to the dtype of x.
     """
 
     def forward(self, x, *args, **kwargs):
@@ -164,7 +164,7 @@ def set_attention(unet, name):
 
 
 def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`. If it is "auto", returns the fastest mode that needs at most 80 % of the free GPU memory."""
+    """Returns `mode`; for "auto", the fastest below 80 % of the free GPU memory, else "full"; without CUDA, "none"."""
     if mode != "auto":
         return mode
     if device.type != "cuda":

@@ -403,7 +403,7 @@ def take_lora_flags(parser, args):
     for name, value in flags.items():
         given = getattr(args, name)
         if given not in (None, value):
-            parser.error(f"--{name}: found {given}; --init_lora {args.init_lora} has {value}; leave out --{name}")
+            parser.error(f"--{name}: found {given}; --init_lora {args.init_lora} has {value}; leave the flag out")
         setattr(args, name, value)
 
 
@@ -695,7 +695,7 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 def load_text_encoders(args, weight_dtype):
     """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given.
 
-    Encoders that LoRAs are merged into are in fp32, otherwise in `weight_dtype`.
+    With --merge_lora or --text_encoder_2_lora, the encoders are in fp32, otherwise in `weight_dtype`.
     """
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
@@ -753,7 +753,7 @@ def load_models(args, weight_dtype, device, unet_weights=True):
     options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
     vae = load_part(args, AutoencoderKL.from_pretrained, *place, **options)
     vae.to(memory_format=torch.channels_last)  # its convolutions are a third faster
-    # Before merging, whose sums differ in the last bit on other machines; the merged files have their own hashes.
+    # Before merging: merged sums differ in the last bit between machines. The merged files have hashes of their own.
     fingerprint = fingerprint_parts(unet, vae, *text_encoders) if unet_weights else ""
     merged_loras = sdxl_lora.merge_given_loras(
         args.merge_lora, {"unet": unet} | dict(zip(ENCODER_NAMES[args.stage], text_encoders))
@@ -829,7 +829,7 @@ def add_adapter(model, flag, target_modules, **options):
 
 
 def adapter_options(args, name, model):
-    """Returns the options for the adapters of the UNet or, by the other flags, of a text encoder called `name`."""
+    """Returns the options for the adapters of `model`: the UNet, or the text encoder that `name` names."""
     kind = {"use_dora": args.use_dora, "use_rslora": args.use_rslora}
     if name == "unet":
         targets = args.lora_target_modules or TARGET_MODULES
@@ -853,12 +853,14 @@ def init_lora_options(args, file, name, model):
     names = sdxl_lora.find_layers(file, name, model).values()
     targets = args.lora_target_modules
     if name == "unet" and targets and not sdxl_lora.match_targets(model, names, targets):
-        raise InputError(f"--lora_target_modules: {' '.join(targets)} are not the layers of {file.path}; leave it out")
+        raise InputError(
+            f"--lora_target_modules: {' '.join(targets)} are not the layers of {file.path}; leave out the flag"
+        )
     return options
 
 
 def freeze_last_layer(text_encoder):
-    """Freezes adapters in the last layer, which SDXL does not use. Files of kohya's scripts have some there."""
+    """Freezes adapters in the first text encoder's last layer, which SDXL does not use; kohya's scripts add them."""
     encoder = getattr(text_encoder, "text_model", text_encoder).encoder
     encoder.layers[-1].requires_grad_(False)
 
@@ -1822,7 +1824,7 @@ def save_run(args, progress, index):
 
 
 def save_model_card(args, metrics, index, scheduler=None):
-    """Writes README.md, which says how the LoRA was trained and how to load it. `scheduler` is its configuration."""
+    """Writes README.md: how the LoRA was trained, and how to load it. `scheduler` is a noise scheduler's config."""
     samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("step", "loss", "val_loss"))
     picture = f"![samples](samples/{samples[-1].name})\n\n" if samples else ""
@@ -1835,7 +1837,7 @@ def save_model_card(args, metrics, index, scheduler=None):
     on_hub = "" if Path(base_model).expanduser().exists() else f"base_model: {base_model}\n"  # the hub refuses a path
     trigger = f"instance_prompt: {json.dumps(args.trigger_word)}\n" if args.trigger_word else ""
     loader = "from_single_file" if Path(base_model).expanduser().is_file() else "from_pretrained"
-    prompt = f"Prompts that use it begin with `{args.trigger_word}`.\n\n" if args.trigger_word else ""
+    prompt = f"Begin every prompt with `{args.trigger_word}`.\n\n" if args.trigger_word else ""
     more_code = sdxl_lora.scheduler_code(scheduler) + sdxl_lora.merge_code(args.merge_lora)
     origin = f" Training began with the LoRA `{args.init_lora}`." if args.init_lora else ""
     card = f"""---
@@ -2720,14 +2722,14 @@ def list_trackers(report_to):
     installed = [str(tracker) for tracker in get_available_trackers()]
     choices = {"all": installed, "none": [], **{name: [name] for name in installed}}
     if report_to not in choices:
-        raise InputError(f"--report_to: {report_to} is not installed; found {', '.join(choices)}")
+        raise InputError(f"--report_to: {report_to} is not installed; choose from {', '.join(choices)}")
     return choices[report_to]
 
 
 def set_deterministic(attention_backend):
-    """Makes PyTorch use deterministic CUDA kernels only. Raises InputError if the attention kernel is not one."""
+    """Makes PyTorch use deterministic CUDA kernels only. Raises InputError for --attention_backend cudnn."""
     if attention_backend == "cudnn":
-        raise InputError("--attention_backend: cudnn is not deterministic; give --no-deterministic or another one")
+        raise InputError("--attention_backend: cudnn is not deterministic; give another, or --no-deterministic")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -2844,9 +2846,9 @@ def check_disk(args):
 
 
 def check_needs(args, trackers):
-    """Raises InputError if the run lacks a model, disk space, or the consent of W&B or the hub.
+    """Raises InputError if a model, disk space, or access to W&B or the hub is missing. --dry_run: models only.
 
-    Creates the hub repository.
+    With --push_to_hub, creates the repository.
     """
     for flag in sdxl_single_file.NEEDED_PARTS:
         check_hub_model(args, flag)
@@ -2858,8 +2860,10 @@ def check_needs(args, trackers):
     if args.push_to_hub:
         try:
             hub_repo(args)
-        except Exception as error:  # as above
-            remedy = "log in with `hf auth login`, or leave it out"
+        except InputError:
+            raise
+        except Exception as error:  # of the network, or the hub's refusal
+            remedy = "log in with `hf auth login`, or leave out --push_to_hub"
             raise InputError(f"--push_to_hub: the hub says: {short_reason(error)}; {remedy}") from error
 
 

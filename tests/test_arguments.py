@@ -342,7 +342,7 @@ def test_fp16_wants_a_gpu(flags, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named(flags, tmp_path):
     result = run_trainer([*flags, "--report_to", "aim"], tmp_path / "run")
-    assert result.codes == [1] and "--report_to: aim is not installed; found all, none, " in result.output
+    assert result.codes == [1] and "--report_to: aim is not installed; choose from all, none, " in result.output
 
 
 def test_a_whole_snapshot_is_accepted_and_one_part_less_is_not(capsys, parse, folder):

@@ -169,7 +169,7 @@ def test_the_files_settings_are_written_down(flags, plain_flags, tmp_path):
 @pytest.mark.parametrize(
     "more, found",
     [
-        (["--rank", 8], r"--rank: found 8; --init_lora .* has 2; leave out --rank"),
+        (["--rank", 8], r"--rank: found 8; --init_lora .* has 2; leave the flag out"),
         (["--rank", 0], r"--rank: found 0; --init_lora .* has 2"),
         (["--lora_alpha", 1], r"--lora_alpha: found 1.0; --init_lora .* has 2.0"),
         (["--use_dora"], r"--use_dora: found True; --init_lora .* has False"),
@@ -208,7 +208,7 @@ def test_layers_that_differ_from_the_files_are_refused(plain_flags, trained, tmp
     argv = [*plain_flags, "--init_lora", trained.output_dir, "--lora_target_modules", "to_q", "to_k"]
     result = run_trainer(argv, tmp_path / "run")
     assert result.codes == [1]
-    assert re.search(r"--lora_target_modules: to_q to_k are not the layers of .*; leave it out", result.output)
+    assert re.search(r"--lora_target_modules: to_q to_k are not the layers of .*; leave out the flag", result.output)
     argv[-2:] = ["to_q", "to_k", "to_v", "to_out.0"]
     keep_learning_rate_zero(argv, tmp_path / "same")
 

@@ -129,7 +129,7 @@ def test_a_file_of_peft_is_merged_with_its_configuration(layers, tmp_path):
     lora = make_lora(select(layers, unet="attn1"), ranks=(2,), alphas=(8.0,))
     names = ("lora_A.weight", "lora_B.weight")
     file = foreign.write_diffusers(tmp_path / "adapter_model.safetensors", lora, names, "base_model.model.")
-    with pytest.raises(InputError, match="says nothing of its alpha; put PEFT's adapter_config.json beside it"):
+    with pytest.raises(InputError, match="does not give its alpha; put PEFT's adapter_config.json beside it"):
         merge(file)
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "use_rslora": false}')
     assert_merged(merge(file), layers, lora)
@@ -290,7 +290,7 @@ def odd_values(alpha=1.0, up=1.0):
         (tensors(lora_unet_x__hada_w1_a=(2, 2)), "holds lora_unet_x.hada_w1_a; expected a LoRA or DoRA of SDXL"),
         (tensors(lora_unet_x__lokr_w1=(2, 2)), "holds lora_unet_x.lokr_w1;"),
         (pair_of("lora_te_text_model_encoder"), "holds lora_te_text_model_encoder.lora_down.weight;"),
-        (tensors(**{"x__lora_A__weight": (2, 2)}), "holds only x.lora_A.weight; expected both matrices"),
+        (tensors(**{"x__lora_A__weight": (2, 2)}), "holds only x.lora_A.weight of a layer; expected both matrices"),
         (tensors(), "holds no tensors"),
         (
             pair_of("lora_unet_down_blocks_7_attentions"),
@@ -351,7 +351,7 @@ def test_missing_files_pickles_and_useless_scales_are_refused(layers, tmp_path):
         (tmp_path, "no LoRA file .*pytorch_lora_weights.safetensors"),
         (tmp_path / "a.pt", ".*a.pt is a pickle, which can run any code"),
         ("", "the path is empty"),
-        (f"{file}:0", "the scale of .* is 0.0; expected a number other than 0"),
+        (f"{file}:0", "the scale of .* is 0.0; expected a finite number other than 0"),
         (f"{file}:nan", "the scale of .* is nan"),
         (f"{file}:1,5", "no LoRA file"),
     ):
