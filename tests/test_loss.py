@@ -24,7 +24,14 @@ FLAGS = {
     **{"lora_alpha": 2, "lora_dropout": 0.0, "use_dora": False, "use_rslora": False, "train_text_encoder": True},
     **{"text_encoder_rank": 2, "text_encoder_alpha": 2, "gradient_checkpointing": False},
     "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
-    **{"stage": "base", "text_encoder_2_lora": None, "output_dir": None, "single_file_config": None},
+    **{
+        "stage": "base",
+        "text_encoder_2_lora": None,
+        "merge_lora": None,
+        "init_lora": None,
+        "output_dir": None,
+        "single_file_config": None,
+    },
     "rescale_betas_zero_snr": None,
 }
 CAPTIONS = ["Thornip, jumping in the snow", "Aquafin, standing on a beach", "Inkray in a cave"]
