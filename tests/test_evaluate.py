@@ -523,7 +523,7 @@ def test_a_lora_of_another_base_is_an_error_of_one_line(words, lora, tmp_path):
     [
         (["--clip_model", "ViT-B-32/laion2b_s34b_b79k"], "--clip_model: cannot load ViT-B-32"),
         (["--clip_model", "ViT-nonsense/x"], "--clip_model: cannot load ViT-nonsense"),
-        (["--aesthetic_head", "wide.pth"], "--aesthetic_head: .*wide.pth has 65×1; expected a head from 64 numbers"),
+        (["--aesthetic_head", "wide.pth"], "--aesthetic_head: .*wide.pth has 65×1; expected 64 inputs and 1 output"),
     ],
 )
 def test_a_scoring_model_that_does_not_load_or_fit_is_an_error_of_one_line(words, tmp_path, flags, reason):
