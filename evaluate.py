@@ -353,12 +353,12 @@ def list_jobs(args, models, prompts):
     generated again.
     """
     folder = Path(args.images_dir or Path(args.output_dir) / "images")
+    newer = [f"{flag} {getattr(args, flag)}" for flag in NEWER_IMAGE_FLAGS if getattr(args, flag) is not None]
+    newer += map(repr, sdxl_lora.list_merges(args.merge_lora))
     jobs = []
     for model in models:
         has_lora = model.lora is not None or model.refiner_lora is not None
         values = [getattr(args, flag) for flag in IMAGE_FLAGS if has_lora or flag != "lora_scale"]
-        newer = [f"{flag} {getattr(args, flag)}" for flag in NEWER_IMAGE_FLAGS if getattr(args, flag) is not None]
-        newer += map(repr, sdxl_lora.list_merges(args.merge_lora))
         stamp = short_hash(*values, *newer, *(file and hash_file(file) for file in (model.lora, model.refiner_lora)))
         for prompt in prompts:
             name = f"{slug(prompt.id)}-{short_hash(prompt.id, prompt.prompt)}"
@@ -452,13 +452,11 @@ class ImageGenerator:
 
         diffusers' own loader leaves out parts of some kohya files: magnitudes of DoRA, alphas that differ by layer.
         """
+        file = sdxl_lora.read_lora_file(path)
+        sdxl_lora.check_parts(flag, file, parts)
+        name = flag.removeprefix("--")
         try:
-            file = sdxl_lora.read_lora_file(path)
-            unused = sorted(file.parts.keys() - set(parts))
-            if unused:
-                raise InputError(f"{path} has adapters of {', '.join(unused)}, which are not used here")
             for part in file.parts:
-                name = flag.removeprefix("--")
                 sdxl_lora.attach_lora(file, part, getattr(pipeline, part), name, self.args.lora_scale)
         except InputError as error:
             raise InputError(f"{flag}: {error}") from error

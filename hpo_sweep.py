@@ -491,9 +491,9 @@ def parse_args(argv=None):
     if args.objective == "val_loss" and not has_validation(trainer_args):
         parser.error("--objective: val_loss needs --val_shards or --val_fraction after --")
     try:
-        fixed = (
-            sdxl_lora.lora_flags(trainer_args.init_lora) if trainer_args.init_lora and not args.search_space else {}
-        )
+        fixed = {}  # by the LoRA to start from
+        if trainer_args.init_lora and not args.search_space:
+            fixed = sdxl_lora.lora_flags(trainer_args.init_lora)
         space = make_search_space(args.search_space, flags | fixed, trainer_args)
         evaluation = make_evaluation(args, trainer_args)
     except InputError as error:

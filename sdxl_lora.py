@@ -121,18 +121,6 @@ def describe_objective(scheduler):
     return metadata
 
 
-def scheduler_code(scheduler):
-    """Returns the model card's line that sets this scheduler; "" for None, or without v-prediction and zero SNR."""
-    if scheduler is None or not describe_objective(scheduler):
-        return ""
-    options = (
-        f'prediction_type="{scheduler.prediction_type}", rescale_betas_zero_snr={scheduler.rescale_betas_zero_snr}'
-    )
-    if scheduler.rescale_betas_zero_snr:
-        options += ', timestep_spacing="trailing"'
-    return f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {options})\n"
-
-
 def lora_files(trained, stage, trigger_word, resolution, scheduler):
     """Copies the adapters. Returns {file name: function that writes the file} for both LoRA files.
 
@@ -267,6 +255,8 @@ def read_lora_file(path):
     try:
         if path.suffix.lower() in PICKLES:
             raise InputError("is a pickle, which can run any code when it is opened; give a .safetensors file")
+        if path.suffix.lower() != ".safetensors":
+            raise InputError("is no .safetensors file; give one, a run or a checkpoint")
         header = read_header(path)
         settings, resolution = read_metadata(path, any(key.startswith("base_model.model.") for key in header))
         parts = {}
@@ -381,6 +371,7 @@ def list_layers(part, model):
     import torch
 
     layers = {}
+    attention = [hasattr(block, "attentions") for block in model.up_blocks] if part == "unet" else []
     for name, module in model.named_modules():
         if ".lora_" in name or name.endswith(".base_layer"):  # parts of a layer that has an adapter already
             continue
@@ -393,8 +384,7 @@ def list_layers(part, model):
             continue
         layers[name.removeprefix("text_model.").replace(".", "_")] = name, shape
         if part == "unet":
-            blocks = [hasattr(block, "attentions") for block in model.up_blocks]
-            original = original_name(name, model.config.layers_per_block, blocks)
+            original = original_name(name, model.config.layers_per_block, attention)
             layers[original.replace(".", "_")] = name, shape
     return layers
 
@@ -422,6 +412,13 @@ def find_layers(file, part, model):
     if len(set(names.values())) < len(names):
         raise InputError(f"{file.path} has two adapters for one layer")
     return names
+
+
+def check_parts(flag, file, parts):
+    """Raises InputError, which names `flag`, if a LoRA has adapters for a model that is not one of `parts`."""
+    unused = sorted(file.parts.keys() - set(parts))
+    if unused:
+        raise InputError(f"{flag}: {file.path} has adapters of {', '.join(unused)}, which are not used here")
 
 
 def match_targets(model, names, target_modules, layers_to_transform=None):
@@ -575,9 +572,7 @@ def merge_given_loras(values, models):
     """Merges the LoRAs of --merge_lora into `models`. Returns list_merges. Raises InputError if one does not fit."""
     merges = read_merges(values)
     for file, _ in merges:
-        unused = sorted(file.parts.keys() - models.keys())
-        if unused:
-            raise InputError(f"--merge_lora: {file.path} has adapters of {', '.join(unused)}, which are not used here")
+        check_parts("--merge_lora", file, models)
     merge_loras("--merge_lora", models, merges)
     return list_merges(values)
 

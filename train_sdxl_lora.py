@@ -693,25 +693,21 @@ def load_unet(args, text_encoders, weight_dtype, weights):
 
 
 def load_text_encoders(args, weight_dtype):
-    """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given.
-
-    With --merge_lora or --text_encoder_2_lora, the encoders are in fp32, otherwise in `weight_dtype`.
-    """
+    """Loads the tokenizers and text encoders that --stage needs. Merges --text_encoder_2_lora if it is given."""
     suffixes = ("", "_2") if args.stage == "base" else ("_2",)
     tokenizers = [load_part(args, CLIPTokenizer.from_pretrained, f"tokenizer{suffix}") for suffix in suffixes]
     if min(len(tokenizer) for tokenizer in tokenizers) < 10:
         raise InputError("--pretrained_model_name_or_path: one of its tokenizers has no vocabulary")
     classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
-    merges = args.text_encoder_2_lora or args.merge_lora
-    dtype = torch.float32 if merges else weight_dtype  # merge in fp32: only the sum is rounded
+    dtype = torch.float32 if args.text_encoder_2_lora else weight_dtype  # merge in fp32: only the sum is rounded
     text_encoders = []
     for suffix in suffixes:
         loader = classes[suffix].from_pretrained
         encoder = load_part(args, loader, f"text_encoder{suffix}", dtype=dtype, variant=args.variant)
-        text_encoders.append(encoder)
-    if args.text_encoder_2_lora:
-        file = sdxl_lora.read_lora_file(args.text_encoder_2_lora)
-        sdxl_lora.merge_loras("--text_encoder_2_lora", {"text_encoder_2": text_encoders[-1]}, [(file, 1.0)])
+        if args.text_encoder_2_lora:
+            file = sdxl_lora.read_lora_file(args.text_encoder_2_lora)
+            sdxl_lora.merge_loras("--text_encoder_2_lora", {"text_encoder_2": encoder}, [(file, 1.0)])
+        text_encoders.append(encoder.to(weight_dtype))
     return tokenizers, text_encoders
 
 
@@ -755,12 +751,10 @@ def load_models(args, weight_dtype, device, unet_weights=True):
     vae.to(memory_format=torch.channels_last)  # its convolutions are a third faster
     # Before merging: merged sums differ in the last bit between machines. The merged files have hashes of their own.
     fingerprint = fingerprint_parts(unet, vae, *text_encoders) if unet_weights else ""
-    merged_loras = sdxl_lora.merge_given_loras(
-        args.merge_lora, {"unet": unet} | dict(zip(ENCODER_NAMES[args.stage], text_encoders))
-    )
-    vae.to(device)
-    for encoder in text_encoders:
-        encoder.to(device, weight_dtype)
+    parts = {"unet": unet, **dict(zip(ENCODER_NAMES[args.stage], text_encoders))}
+    merged_loras = sdxl_lora.merge_given_loras(args.merge_lora, parts)
+    for model in (vae, *text_encoders):
+        model.to(device)
     for model in (vae, unet, *text_encoders):
         model.requires_grad_(False).eval()
     config = load_scheduler_config(args)
@@ -878,11 +872,12 @@ def add_adapters(args, models, seed):
     for name, model in trained.items():
         flag = "--lora_target_modules" if name == "unet" else "--train_text_encoder"
         is_given = file is not None and name in file.parts
-        if file is not None and not is_given:
+        is_shape = model.device.type == "meta"  # of --dry_run or load_shapes
+        if file is not None and not is_given and not is_shape:
             logger.info("--init_lora: %s has nothing for the %s, which gets new adapters", file.path, name)
         options = init_lora_options(args, file, name, model) if is_given else adapter_options(args, name, model)
         add_adapter(model, flag, lora_dropout=args.lora_dropout, **options)
-        if is_given and model.device.type != "meta":
+        if is_given and not is_shape:
             sdxl_lora.load_lora(file, name, model)
     if "text_encoder" in trained:
         freeze_last_layer(trained["text_encoder"])
@@ -1621,13 +1616,9 @@ def sync(path):
 
 def make_checksums(folder, names):
     """Returns the text of checksums.json: a SHA-256 per file. A checkpoint is complete once it has this file."""
-
-    def checksum(name):
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    names = sorted(names)
     with ThreadPoolExecutor() as pool:
-        return json.dumps(dict(zip(sorted(names), pool.map(checksum, sorted(names)))), indent=1)
+        return json.dumps(dict(zip(names, pool.map(sdxl_lora.hash_file, [folder / name for name in names]))), indent=1)
 
 
 def complete_checkpoint(unfinished, final, files):
@@ -1823,6 +1814,18 @@ def save_run(args, progress, index):
             shutil.copy(script, output_dir)
 
 
+def scheduler_code(scheduler):
+    """Returns the model card's line that sets this scheduler; "" for None, or without v-prediction and zero SNR."""
+    if scheduler is None or not sdxl_lora.describe_objective(scheduler):
+        return ""
+    options = (
+        f'prediction_type="{scheduler.prediction_type}", rescale_betas_zero_snr={scheduler.rescale_betas_zero_snr}'
+    )
+    if scheduler.rescale_betas_zero_snr:
+        options += ', timestep_spacing="trailing"'
+    return f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {options})\n"
+
+
 def save_model_card(args, metrics, index, scheduler=None):
     """Writes README.md: how the LoRA was trained, and how to load it. `scheduler` is a noise scheduler's config."""
     samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"), key=lambda p: int(p.stem.split("-")[1]))
@@ -1838,7 +1841,7 @@ def save_model_card(args, metrics, index, scheduler=None):
     trigger = f"instance_prompt: {json.dumps(args.trigger_word)}\n" if args.trigger_word else ""
     loader = "from_single_file" if Path(base_model).expanduser().is_file() else "from_pretrained"
     prompt = f"Begin every prompt with `{args.trigger_word}`.\n\n" if args.trigger_word else ""
-    more_code = sdxl_lora.scheduler_code(scheduler) + sdxl_lora.merge_code(args.merge_lora)
+    more_code = scheduler_code(scheduler) + sdxl_lora.merge_code(args.merge_lora)
     origin = f" Training began with the LoRA `{args.init_lora}`." if args.init_lora else ""
     card = f"""---
 {on_hub}{trigger}library_name: diffusers
@@ -2821,7 +2824,7 @@ def check_wandb_login():
 
 
 def load_shapes(args):
-    """Returns the UNet and the text encoders on the meta device: all sizes, no weights. Takes less than a second."""
+    """Returns the UNet and the text encoders on the meta device: all sizes, no weights."""
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = []
     for name in ENCODER_NAMES[args.stage]:

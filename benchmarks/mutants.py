@@ -346,7 +346,7 @@ MUTANTS = [
     Mutant("evaluation without the merged LoRAs", EVALUATE, "init_lora",
         "        sdxl_lora.merge_given_loras(self.args.merge_lora, parts)\n", ""),
     Mutant("pictures of other merged LoRAs are taken over", EVALUATE, "init_lora",
-        "        newer += map(repr, sdxl_lora.list_merges(args.merge_lora))\n", ""),
+        "    newer += map(repr, sdxl_lora.list_merges(args.merge_lora))\n", ""),
     Mutant("a sweep scores without the merged LoRAs", SWEEP, "init_lora",
         '[*names.split(), "merge_lora", "cache_dir"]', '[*names.split(), "cache_dir"]'),
     Mutant("a DoRA is merged as if no LoRA came before", LORA, "lora_files",

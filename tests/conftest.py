@@ -47,3 +47,13 @@ def trained(flags, tmp_path_factory):
 def own_run(trained, tmp_path):
     """tmp_path / "run", a copy of the finished run."""
     return shutil.copytree(trained.output_dir, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def parse(tmp_path_factory):
+    """Function from more words to all flags of a run on the demo's model, as the trainer fills them in."""
+    import train_sdxl_lora as trainer  # not at the top: a test of the start runs without torch
+
+    folder = tmp_path_factory.mktemp("parse")
+    words = ["--pretrained_model_name_or_path", SDXL, "--train_data_dir", folder, "--output_dir", folder / "out"]
+    return lambda *more: trainer.parse_args([str(w) for w in [*words, "--mixed_precision", "no", *more]])

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,19 +27,8 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
-def models():
-    source = {"pretrained_vae_model_name_or_path": None, "revision": None, "variant": None, "cache_dir": None}
-    source |= {
-        "stage": "base",
-        "text_encoder_2_lora": None,
-        "merge_lora": None,
-        "init_lora": None,
-        "output_dir": None,
-        "single_file_config": None,
-    }
-    source |= {"rescale_betas_zero_snr": None}
-    flags = {"pretrained_model_name_or_path": str(SDXL), "vae_precision": "fp32", "prediction_type": None, **source}
-    return load_models(SimpleNamespace(**flags), torch.float32, "cpu")
+def models(parse):
+    return load_models(parse(), torch.float32, "cpu")
 
 
 @pytest.fixture

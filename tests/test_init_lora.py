@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 from functools import partial
 
 import foreign_loras as foreign
@@ -12,11 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from compare import assert_same_run
+from compare import assert_resume_is_exact
 from diffusers import StableDiffusionXLPipeline
 from foreign_loras import change_of, make_lora, select, weights
 from harness import ROOT, SDXL, assert_ok, run_trainer
-from hooks import die_in_micro_step, keep_own_pictures
+from hooks import keep_own_pictures
 
 import evaluate
 import hpo_sweep
@@ -339,19 +338,6 @@ def test_a_sweep_scores_with_the_merged_lora(plain_flags, style, tmp_path):
     assert sweep.evaluation["merge_lora"] == [f"{style}:0.5"]
 
 
-def test_caches_of_captions_know_the_merged_loras(flags, style, tmp_path):
-    plain = [*flags, "--crop", "center", "--merge_lora", style]
-    expected = assert_ok(run_trainer(plain, tmp_path / "plain"))
-    cached = [*flags, "--crop", "center", "--cache_text_embeddings", "--cache_dir", tmp_path / "cache"]
-    assert_ok(run_trainer(cached, tmp_path / "without"))
-    for scale in (1e-4, 1):
-        found = assert_ok(run_trainer([*cached, "--merge_lora", f"{style}:{scale}"], tmp_path / f"with {scale}"))
-    files = [path.name for path in (tmp_path / "cache/encodings").rglob("*.safetensors")]
-    assert len(files) % 3 == 0 and len(files) == len(set(files))
-    tensors = [read(run.output_dir / LORA_FILE)[0] for run in (expected, found)]
-    assert all(torch.allclose(tensors[0][key], tensors[1][key], atol=1e-5) for key in tensors[0])
-
-
 @pytest.mark.parametrize("words", [["--base_precision", "int8"], ["--mixed_precision", "bf16"], ["--dry_run"]])
 def test_other_precisions_and_a_dry_run_take_both(plain_flags, trained, style, tmp_path, words):
     argv = [*plain_flags, *words, "--init_lora", trained.output_dir, "--merge_lora", style, "--max_train_steps", 1]
@@ -385,13 +371,7 @@ def test_a_killed_and_resumed_run_with_both_is_the_uninterrupted_run(
     argv = [*plain_flags, "--init_lora", lora, "--merge_lora", f"{style}:0.5", "--lora_dropout", 0.3]
     argv += ["--max_train_steps", 6, "--checkpointing_steps", 2, "--gradient_accumulation_steps", 2]
     argv += ["--val_shards", world / "data/val", "--validation_steps", 4]
-    whole = assert_ok(run_trainer(argv, tmp_path / "whole", processes))
-    argv += ["--resume_from_checkpoint", "latest"]
-    killed = run_trainer(argv, tmp_path / "killed", processes, setup=partial(die_in_micro_step, 9), timeout=120)
-    assert -signal.SIGKILL in killed.codes and not (tmp_path / "killed/checkpoint-6").exists()
-    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "killed", processes)), step=6)
-    for name in FILES:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert_resume_is_exact(argv, tmp_path, processes)
 
 
 def test_resuming_with_another_lora_or_scale_is_refused_by_name(plain_flags, trained, style, tmp_path):

@@ -344,12 +344,14 @@ def test_a_layer_with_two_adapters_and_half_a_dora_are_refused(layers, tmp_path)
 
 def test_missing_files_pickles_and_useless_scales_are_refused(layers, tmp_path):
     (tmp_path / "a.pt").write_bytes(b"pickle")
+    (tmp_path / "a.md").write_text("text")
     file = foreign.write_kohya(tmp_path / "a.safetensors", make_lora(select(layers, unet="attn1")))
     for value, found in (
         (tmp_path / "b.safetensors", "no LoRA file .*b.safetensors; give a .safetensors file, a run or a checkpoint"),
         (f"{tmp_path / 'b.safetensors'}:0.5", "no LoRA file .*b.safetensors; give"),
         (tmp_path, "no LoRA file .*pytorch_lora_weights.safetensors"),
         (tmp_path / "a.pt", ".*a.pt is a pickle, which can run any code"),
+        (tmp_path / "a.md", ".*a.md is no .safetensors file; give one, a run or a checkpoint"),
         ("", "the path is empty"),
         (f"{file}:0", "the scale of .* is 0.0; expected a finite number other than 0"),
         (f"{file}:nan", "the scale of .* is nan"),

@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,28 +17,17 @@ from train_sdxl_lora import (
 )
 
 SCALING_FACTOR = json.loads((SDXL / "vae/config.json").read_text())["scaling_factor"]
-FLAGS = {
-    **{"pretrained_model_name_or_path": str(SDXL), "pretrained_vae_model_name_or_path": None, "revision": None},
-    **{"variant": None, "cache_dir": None, "vae_precision": "fp32", "prediction_type": None, "rank": 2},
-    **{"lora_alpha": 2, "lora_dropout": 0.0, "use_dora": False, "use_rslora": False, "train_text_encoder": True},
-    **{"text_encoder_rank": 2, "text_encoder_alpha": 2, "gradient_checkpointing": False},
-    "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
-    **{
-        "stage": "base",
-        "text_encoder_2_lora": None,
-        "merge_lora": None,
-        "init_lora": None,
-        "output_dir": None,
-        "single_file_config": None,
-    },
-    "rescale_betas_zero_snr": None,
-}
 CAPTIONS = ["Thornip, jumping in the snow", "Aquafin, standing on a beach", "Inkray in a cave"]
 
 
 @pytest.fixture
-def load():
-    return lambda **flags: load_models(SimpleNamespace(**FLAGS | flags), torch.float32, "cpu")
+def args(parse):
+    return parse("--rank", 2, "--train_text_encoder")
+
+
+@pytest.fixture
+def load(args):
+    return lambda **flags: load_models(type(args)(**vars(args) | flags), torch.float32, "cpu")
 
 
 def make_batch(captions=CAPTIONS, height=64, width=64):
@@ -223,9 +211,9 @@ def test_the_dropout_rate_drops_the_samples_whose_draw_is_below_it(load, dropped
     assert not torch.allclose(kept, dropped, rtol=1e-3)
 
 
-def test_the_loss_is_finite_and_its_gradient_flows_into_the_adapters_alone(load):
+def test_the_loss_is_finite_and_its_gradient_flows_into_the_adapters_alone(args, load):
     models, batch = load(), make_batch()
-    trained = add_adapters(SimpleNamespace(**FLAGS), models, 0)
+    trained = add_adapters(args, models, 0)
     draws = with_timesteps(sample_batch_noise(models, batch, 0.0), 0, 500, 999)
     loss = diffusion_loss(models, batch, draws, torch.float32, 5.0)
     assert torch.isfinite(loss).all() and (loss > 0).all()
@@ -237,9 +225,9 @@ def test_the_loss_is_finite_and_its_gradient_flows_into_the_adapters_alone(load)
     assert len(ups) > 20 and all(torch.isfinite(g).all() and g.abs().max() > 0 for g in ups)
 
 
-def test_a_step_against_the_gradient_lowers_the_loss(load):
+def test_a_step_against_the_gradient_lowers_the_loss(args, load):
     models, batch = load(), make_batch()
-    trained = add_adapters(SimpleNamespace(**FLAGS), models, 0)
+    trained = add_adapters(args, models, 0)
     draws = sample_batch_noise(models, batch, 0.0)
     optimizer = torch.optim.SGD([p for m in trained.values() for p in m.parameters() if p.requires_grad], lr=0.1)
     losses = []

@@ -68,10 +68,8 @@ def batch(seed):
 
 
 @pytest.fixture(scope="module")
-def args(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    words = ["--pretrained_model_name_or_path", SDXL, "--train_data_dir", folder, "--output_dir", folder / "out"]
-    return trainer.parse_args([str(w) for w in words] + ["--rank", "4", "--mixed_precision", "no"])
+def args(parse):
+    return parse("--rank", 4)
 
 
 @pytest.fixture

@@ -3,17 +3,16 @@
 import json
 import re
 import shlex
-import signal
 from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from compare import assert_same_run
+from compare import assert_resume_is_exact
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from harness import ROOT, SDXL, assert_ok, run_trainer
-from hooks import die_in_micro_step, keep_own_pictures
+from hooks import keep_own_pictures
 from shards import sample, write_shard
 
 import sdxl_data
@@ -217,13 +216,7 @@ def test_a_killed_and_resumed_refiner_run_is_the_uninterrupted_run(flags, world,
     argv = [*flags, *STAGE, "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2, "--max_train_steps", 6]
     argv += ["--checkpointing_steps", 2, "--text_encoder_2_lora", base_lora / FILES[0]]
     argv += ["--val_shards", world / "data/val", "--validation_steps", 4]
-    whole = assert_ok(run_trainer(argv, tmp_path / "whole", processes))
-    argv += ["--resume_from_checkpoint", "latest"]
-    killed = run_trainer(argv, tmp_path / "killed", processes, setup=partial(die_in_micro_step, 9), timeout=120)
-    assert -signal.SIGKILL in killed.codes and not (tmp_path / "killed/checkpoint-6").exists()
-    assert_same_run(whole, assert_ok(run_trainer(argv, tmp_path / "killed", processes)), step=6)
-    for name in FILES:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert_resume_is_exact(argv, tmp_path, processes)
 
 
 def test_another_text_encoder_2_lora_is_another_run(flags, base_lora, tmp_path):
@@ -250,6 +243,13 @@ def test_the_merged_encoder_says_what_the_base_pipeline_with_its_lora_says(refin
     assert (unmerged - stock).abs().max() > 1e-2
     names = [n for n, _ in models.text_encoders[0].named_parameters()]
     assert names == [n for n, _ in plain.text_encoders[0].named_parameters()]  # no adapter is left on it
+
+
+def test_a_run_in_bf16_resumes_from_checkpoints_of_older_versions(refiner_args, base_lora):
+    """They hash the models as they are trained, in bf16, with the merged text encoder."""
+    args = refiner_args("--text_encoder_2_lora", base_lora / FILES[0])
+    models = trainer.load_models(args, torch.bfloat16, torch.device("cpu"))
+    assert models.fingerprint == trainer.fingerprint_parts(models.unet, models.vae, *models.text_encoders)
 
 
 def test_a_dora_is_merged_from_both_formats(flags, refiner_args, tmp_path):
