@@ -2755,7 +2755,7 @@ def make_accelerator(args):
         project_config=accelerate_utils.ProjectConfiguration(project_dir=str(output_dir), logging_dir=logging_dir),
         kwargs_handlers=[
             accelerate_utils.AutocastKwargs(enabled=False),  # adapters cast themselves to the frozen models' dtype
-            accelerate_utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            accelerate_utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             accelerate_utils.InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
         ],
     )
@@ -2937,6 +2937,21 @@ def load_frozen_models(args, accelerator, progress, signature, index):
     return models
 
 
+def fix_bucket_layout(models):
+    """Makes DDP choose its gradient buckets before the first step, by a backward pass whose gradients are discarded.
+
+    Otherwise it would choose them anew after the first step of every start. A resumed run would then add the gradients
+    of three or more processes in another order in that step. Also turns off the broadcast of buffers: all are frozen.
+    """
+    for model in models:
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model.forward_sync_buffers = False
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            with mock.patch.object(model.module, "forward", lambda: torch.stack([p.sum() for p in parameters]).sum()):
+                model().backward()
+            model.zero_grad()
+
+
 def prepare_for_training(args, accelerator, models, progress):
     """Adds adapters and DDP. Returns the values of Run.models, Run.trained and Run.optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
@@ -2953,6 +2968,7 @@ def prepare_for_training(args, accelerator, models, progress):
         learning_rate *= progress.resume_signature["global_batch"]
     groups = make_parameter_groups(trained, learning_rate, args.text_encoder_lr_scale)
     *prepared, optimizer = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
+    fix_bucket_layout(prepared)
     prepared = dict(zip(trained, prepared))
     encoders = [prepared.get(n, m) for n, m in zip(("text_encoder", "text_encoder_2"), models.text_encoders)]
     return replace(models, unet=prepared["unet"], text_encoders=encoders), trained, optimizer

@@ -1,11 +1,12 @@
 """Kill runs at random moments and check that they end exactly like an uninterrupted run.
 
-    python benchmarks/soak.py                  # 200 kills; half an hour on two cores
+    python benchmarks/soak.py                                                        # 200 kills; an hour on two cores
+    python benchmarks/soak.py --kills 60 --kinds "3 processes" "4 processes"
 
 Each run trains the UNet and both text encoders on the demo's dataset, with LoRA dropout, gradient accumulation and
 validation, and saves every third step. It is killed with SIGKILL and started again by the same command until it is
-done. Some kills come at a random moment after the start; others wait until a checkpoint is being written. Of two
-processes, one or both are killed. At the end, adapters, optimizer and rows of metrics are compared bit by bit.
+done. Some kills come at a random moment after the start; others wait until a checkpoint is being written. Of several
+processes, one or all are killed. At the end, adapters, optimizer and rows of metrics are compared bit by bit.
 Runs are forked from a process that has imported torch, so the time to recover does not include the imports.
 """
 
@@ -25,17 +26,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "tests")]
 
 STEPS = 20
-KINDS = {"no workers": (0, 1), "2 workers": (2, 1), "2 processes": (0, 2)}  # name → (loader workers, processes)
+KINDS = {  # name → (loader workers, processes)
+    "no workers": (0, 1),
+    "2 workers": (2, 1),
+    "2 processes": (0, 2),
+    "3 processes": (0, 3),
+    "4 processes": (1, 4),
+}
 
 
 def make_flags(world, workers, processes):
-    """Flags with frequent saves and validations; the global batch is 4 on one process and on two."""
+    """Flags with frequent saves and validations; the global batch is 4, or 2 for each process from three on."""
     from harness import SDXL
 
     return [
         *("--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train"),
         *("--class_csv", world / "manifests/train_species.csv", "--val_shards", world / "data/val"),
-        *("--resolution", 64, "--train_batch_size", 2 // processes, "--gradient_accumulation_steps", 2, "--seed", 7),
+        *("--resolution", 64, "--train_batch_size", max(1, 2 // processes), "--gradient_accumulation_steps", 2, "--seed", 7),
         *("--train_text_encoder", "--rank", 4, "--lora_dropout", 0.2, "--random_flip", "--noise_offset", 0.05),
         *("--max_train_steps", STEPS, "--checkpointing_steps", 3, "--checkpoints_total_limit", 2),
         *("--logging_steps", 1, "--validation_steps", 7, "--learning_rate", 1e-3, "--mixed_precision", "no"),
@@ -164,6 +171,7 @@ def main():
     parser.add_argument("--kills", type=int, default=200, help="number of kills")
     parser.add_argument("--aimed", type=int, default=30, help="kills while a checkpoint is being written")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="loader workers, processes")
     args = parser.parse_args()
     from world import make_dataset
 
@@ -171,9 +179,9 @@ def main():
         world = Path(folder, "world")
         make_dataset(world, seed=3, scale=0.06, val_per_species=1)
         reports = {}
-        for n, (kind, (workers, processes)) in enumerate(KINDS.items()):
-            share = [len(range(n, amount, len(KINDS))) for amount in (args.kills, args.aimed)]
-            reports[kind] = soak(world, Path(folder, str(n)), *share, workers, processes, args.seed + n)
+        for n, kind in enumerate(args.kinds):
+            share = [len(range(n, amount, len(args.kinds))) for amount in (args.kills, args.aimed)]
+            reports[kind] = soak(world, Path(folder, str(n)), *share, *KINDS[kind], args.seed + n)
             print(f"{kind}: {json.dumps(reports[kind])}", flush=True)
     total = {k: sum(r[k] for r in reports.values()) for k in reports[kind]}
     total["slowest_recovery"] = max(r["slowest_recovery"] for r in reports.values())

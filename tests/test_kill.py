@@ -12,7 +12,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
-from compare import assert_same_run, tensors_of
+from compare import assert_resume_is_exact, assert_same_run, tensors_of
 from harness import ROOT, assert_ok, run_trainer, start_trainer, wait_until
 from hooks import die_in_micro_step, rank_of
 
@@ -25,9 +25,17 @@ from soak import KINDS, soak  # noqa: E402
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(world, tmp_path, kind):
-    report = soak(world, tmp_path, 10, 2, *KINDS[kind], seed=1)
-    assert report["kills"] >= 10 and report["while_saving"] >= 2
+    kills, aimed = (10, 2) if kind in ("no workers", "2 workers", "2 processes") else (5, 1)
+    report = soak(world, tmp_path, kills, aimed, *KINDS[kind], seed=1)
+    assert report["kills"] >= kills and report["while_saving"] >= aimed
     assert report["identical"] == report["runs"] > 0
+
+
+@pytest.mark.parametrize("processes", [3, 4])
+def test_three_and_four_processes_resume_in_the_middle_of_an_update(flags, tmp_path, processes):
+    argv = [*flags, "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_train_steps", 6, "--rank", 8]
+    argv += ["--checkpointing_steps", 2, "--train_text_encoder", "--lora_dropout", 0.2, "--crop", "bucket"]
+    assert_resume_is_exact(argv, tmp_path, processes)
 
 
 ARITHMETIC = {
