@@ -20,8 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sdxl_data import InputError
 from sdxl_single_file import short_reason
 
-# --gradient_checkpointing → bytes of 16-bit activations that SDXL's UNet keeps for a 1024 px image (by counting)
-ACTIVATION_BYTES = {"none": 5.8e9, "blocks": 1.0e9, "full": 0.55e9}
 RECOMPILE_LIMIT = 512  # graphs a block may have under --compile: two widths for every shape of --crop bucket
 
 logger = logging.getLogger("train_sdxl_lora.speed")
@@ -163,31 +161,23 @@ def set_attention(unet, name):
 # -----------------------------------------------------------------------------
 
 
-def choose_checkpointing(mode, device, dtype, batch_size, resolution, reserved=0):
-    """Returns `mode`; for "auto", the fastest below 80 % of the free GPU memory, else "full"; without CUDA, "none"."""
-    if mode != "auto":
-        return mode
-    if device.type != "cuda":
-        return "none"
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] - reserved
-    needed = batch_size * resolution**2 / 1024**2 * dtype.itemsize / 2
-    mode = next((mode for mode, size in ACTIVATION_BYTES.items() if needed * size < 0.8 * free), "full")
-    logger.info("--gradient_checkpointing auto: %s", mode)
-    return mode
-
-
-def set_checkpointing(unet, mode, dropout):
-    """Turns on activation checkpointing in the UNet. With `dropout`, recomputation repeats the dropout masks."""
+def set_checkpointing(trained, mode, dropout):
+    """Sets activation checkpointing in the trained models. With `dropout`, recomputation repeats the dropout masks."""
 
     def recompute(module, *inputs):
         options = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
         return torch.utils.checkpoint.checkpoint(module.__call__, *inputs, **options)
 
-    unet.enable_gradient_checkpointing(recompute)
-    for module in unet.modules():
-        if mode == "blocks" and not isinstance(module, Transformer2DModel):
-            module.gradient_checkpointing = False
+    for name, model in trained.items():
+        if name == "unet":
+            model.enable_gradient_checkpointing(recompute)
+            for module in model.modules():
+                if mode == "none" or (mode == "blocks" and not isinstance(module, Transformer2DModel)):
+                    module.gradient_checkpointing = False
+        elif mode == "none":
+            model.activation_checkpointing_disable()
+        else:
+            model.activation_checkpointing_enable()
 
 
 def compile_blocks(unet):

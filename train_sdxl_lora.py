@@ -4,7 +4,7 @@
 One GPU or a laptop:
     python train_sdxl_lora.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
         --train_shards data/train --class_csv manifests/train_species.csv --output_dir runs/pokefa \\
-        --mixed_precision bf16 --train_batch_size 4 --rank 32 --max_train_steps 10000
+        --train_batch_size 4 --rank 32 --max_train_steps 10000
 
 N GPUs, the same flags:
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 train_sdxl_lora.py ...
@@ -15,7 +15,8 @@ The sections, in the order data flows; each calls only what is above it:
      1 Arguments      2 Models and LoRA   3 Data         4 Encoding     5 Loss       6 Optimizer
      7 Checkpoints    8 Validation        9 Train loop  10 Preview     11 Process, log, errors    12 Main
 Beside it: sdxl_data.py (shard or folder → index → plan → crops → batches), sdxl_lora.py (LoRA files),
-sdxl_single_file.py (checkpoints in one file), sdxl_speed.py (layers and kernels for speed and memory).
+sdxl_single_file.py (checkpoints in one file), sdxl_speed.py (layers and kernels for speed and memory), sdxl_memory.py
+(what a step needs).
 To read it: this page, `--help`, main(), train(), diffusion_loss(); then the section you came for.
 Lines that begin with "# Seam:" mark the places meant to be edited, each with its contract.
 """
@@ -41,7 +42,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,6 @@ SAVE_WAIT = 1.0  # s that training waits for a checkpoint; a larger one is writt
 LOCK_SECONDS = 3  # wait for the output_dir of a run that is just ending
 STOP_SECONDS = 25  # after a stop signal without a finished step, the process exits; launchers kill after 30
 GROUP_TIMEOUT = timedelta(hours=2)  # the main process may index or download while the others wait for it
-MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # of the optimizer's state, per trained parameter
 MAX_NONFINITE_STEPS = 30  # in a row, then skipping is hopeless: fp16's loss scale is below 2^-14
 
 logger = logging.getLogger("train_sdxl_lora")
@@ -187,10 +187,10 @@ def add_model_arguments(parser):
     add("--base_precision", choices=["auto", "nf4", "int8"], default="auto",
         help="precision of the frozen UNet's linear layers; auto: as --mixed_precision; nf4 needs bitsandbytes")
     modes = ["none", "blocks", "full", "auto"]
-    add("--gradient_checkpointing", nargs="?", const="full", default="none", choices=modes,
+    add("--gradient_checkpointing", nargs="?", const="full", default="auto", choices=modes,
         type=lambda mode: {"True": "full", "False": "none"}.get(mode, mode),
         help="recompute activations: less memory, about a third slower. blocks: transformer blocks only; full: the "
-        "whole UNet (also the bare flag); auto: the least that fits on the GPU")
+        "whole UNet (also the bare flag); auto: the least that fits in the free GPU memory (default)")
     add("--attention_backend", choices=["sdpa", "flash", "efficient", "cudnn", "math", "xformers"], default="sdpa",
         help="attention kernel of the UNet; sdpa lets PyTorch choose")
     add("--enable_xformers_memory_efficient_attention", **switch, help="same as --attention_backend xformers")
@@ -329,7 +329,7 @@ def add_run_arguments(parser):
     add("--seed", type=int, metavar="N", help="seed of every random draw (default: random, and recorded)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="precision of frozen weights and computation; adapters are always fp32 (default: the accelerate "
-        "config's, or no)")
+        "config's, or the best of this GPU; no without a CUDA GPU)")
     add("--allow_tf32", **switch, help="TF32 matrix products on NVIDIA GPUs (already on for convolutions)")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
         help="deterministic kernels; turning them off is faster on a GPU, but resumed runs match only approximately")
@@ -612,9 +612,9 @@ from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 from peft.tuners import lora
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import sdxl_memory
 import sdxl_speed
 
 # -----------------------------------------------------------------------------
@@ -666,6 +666,13 @@ def load_part(args, loader, subfolder, flag="--pretrained_model_name_or_path", *
         except Exception as error:  # libraries raise all kinds of errors for damaged files
             fault = error
     raise InputError(f"{flag}: cannot load {subfolder or 'the model'} of {name}: {fault}") from fault
+
+
+def vae_source(args):
+    """Returns the subfolder and the flag from which load_part() loads the VAE."""
+    if args.pretrained_vae_model_name_or_path:
+        return None, "--pretrained_vae_model_name_or_path"
+    return "vae", "--pretrained_model_name_or_path"
 
 
 def load_unet(args, text_encoders, weight_dtype, weights):
@@ -744,10 +751,8 @@ def load_models(args, weight_dtype, device, unet_weights=True):
     """
     tokenizers, text_encoders = load_text_encoders(args, weight_dtype)
     unet = load_unet(args, text_encoders, weight_dtype, unet_weights)
-    own_vae = "--pretrained_vae_model_name_or_path"
-    place = (None, own_vae) if args.pretrained_vae_model_name_or_path else ("vae",)
     options = {"dtype": weight_dtype_of(args.vae_precision), "variant": args.variant}
-    vae = load_part(args, AutoencoderKL.from_pretrained, *place, **options)
+    vae = load_part(args, AutoencoderKL.from_pretrained, *vae_source(args), **options)
     vae.to(memory_format=torch.channels_last)  # its convolutions are a third faster
     # Before merging: merged sums differ in the last bit between machines. The merged files have hashes of their own.
     fingerprint = fingerprint_parts(unet, vae, *text_encoders) if unet_weights else ""
@@ -884,17 +889,44 @@ def add_adapters(args, models, seed):
     return trained
 
 
-def set_speed(args, models, trained, device):
+def set_speed(args, trained, checkpointing):
     """Applies --attention_backend, --gradient_checkpointing and --compile."""
-    sdxl_speed.set_attention(models.unet, args.attention_backend)
-    size = models.unet.dtype, args.train_batch_size, args.resolution
-    mode = sdxl_speed.choose_checkpointing(args.gradient_checkpointing, device, *size)
-    if mode != "none":
-        sdxl_speed.set_checkpointing(models.unet, mode, dropout=args.lora_dropout > 0)
-        for name in trained.keys() - {"unet"}:
-            trained[name].gradient_checkpointing_enable()
+    sdxl_speed.set_attention(trained["unet"], args.attention_backend)
+    if checkpointing != "none":
+        sdxl_speed.set_checkpointing(trained, checkpointing, dropout=args.lora_dropout > 0)
     if args.compile:
-        sdxl_speed.compile_blocks(models.unet)
+        sdxl_speed.compile_blocks(trained["unet"])
+
+
+def load_shapes(args, weight_dtype, processes):
+    """Returns the Shapes of a run: its models on the meta device, with sizes but no weights."""
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    configs = {name: load_part(args, CLIPTextConfig.from_pretrained, name) for name in ENCODER_NAMES[args.stage]}
+    vae_config = load_part(args, AutoencoderKL.load_config, *vae_source(args))
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        encoders = [classes[name](config).to(weight_dtype) for name, config in configs.items()]
+        unet = load_unet(args, encoders, weight_dtype, weights=False)
+        vae = AutoencoderKL.from_config(vae_config).to(weight_dtype_of(args.vae_precision))
+        for model in (unet, vae, *encoders):
+            model.requires_grad_(False)
+        trained = add_adapters(args, SimpleNamespace(unet=unet, text_encoders=encoders), seed=0)
+        samplers = []
+        if args.stage == "refiner":  # the base model begins its sample images
+            samplers = [UNet2DConditionModel.from_config(load_part(args, UNet2DConditionModel.load_config, "unet"))]
+            samplers += [classes[name](load_part(args, CLIPTextConfig.from_pretrained, name)) for name in classes]
+        for model in samplers:
+            model.to(weight_dtype).requires_grad_(False)
+    return sdxl_memory.Shapes(
+        unet=unet,
+        text_encoders=encoders,
+        vae=vae,
+        samplers=samplers,
+        trained=trained,
+        time_ids=TIME_IDS[args.stage],
+        chunks=MAX_CAPTION_CHUNKS if args.long_captions == "chunk" else 1,
+        images_at_once=max(1, VAE_PIXELS // args.resolution**2),
+        processes=processes,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -1808,7 +1840,7 @@ def save_run(args, progress, index):
         rows = zip(args.merge_lora, progress.resume_signature["merge_lora"])
         facts["merge_lora"] = [{"file": file, "sha256": sha256, "scale": scale} for file, (sha256, scale) in rows]
     write_file(output_dir / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
-    modules = (data, sdxl_lora, sdxl_single_file, sdxl_speed)
+    modules = (data, sdxl_lora, sdxl_single_file, sdxl_speed, sdxl_memory)
     for script in map(Path, (__file__, *(module.__file__ for module in modules))):
         if script.resolve().parent != output_dir.resolve():  # it is there if the run's own copy is started
             shutil.copy(script, output_dir)
@@ -2014,14 +2046,16 @@ def generate_image(models, prompt, seed, resolution, num_inference_steps=SAMPLE_
     options = {"num_inference_steps": num_inference_steps, "output_type": "latent", "generator": generator}
     options["guidance_rescale"] = guidance_rescale(models.sampling_scheduler)
     encoders = models.text_encoders
-    with evaluating(models), stock_forward(models.unet, *encoders), on_device(device, models.vae, *encoders):
-        if models.stage == "base":
-            latents = pipeline(prompt, height=resolution, width=resolution, **options).images
-        else:
-            base = models.base_pipeline.to(device)
-            latents = base(prompt, height=resolution, width=resolution, denoising_end=switch_at, **options).images
-            base.to("cpu")  # training needs the memory
-            latents = pipeline(prompt, image=latents, denoising_start=switch_at, **options).images
+    with evaluating(models), stock_forward(models.unet, *encoders), on_device(device, models.vae):
+        with on_device(device, *encoders):
+            if models.stage == "base":
+                latents = pipeline(prompt, height=resolution, width=resolution, **options).images
+            else:
+                base = models.base_pipeline.to(device)
+                latents = base(prompt, height=resolution, width=resolution, denoising_end=switch_at, **options).images
+                base.to("cpu")  # training needs the memory
+                latents = pipeline(prompt, image=latents, denoising_start=switch_at, **options).images
+        # Text encoders that are not used for training have left the GPU: decoding takes 3 GB in fp32.
         pixels = models.vae.decode((latents / models.vae.config.scaling_factor).to(models.vae.dtype)).sample
     return pipeline.image_processor.postprocess(pixels.float(), output_type="np")[0]
 
@@ -2368,83 +2402,25 @@ def train(run):
 # -----------------------------------------------------------------------------
 
 
-def count_unet(unet, resolution, chunks, stage="base"):
-    """Returns the UNet's FLOP for one image, forward and backward, and the bytes it keeps for backward."""
-    config, dtype = unet.config, unet.dtype
-    kept = {}  # storage → itself, of every tensor saved for backward
-    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    def attention(query, key, value, **options):  # on the meta device PyTorch would save all attention scores
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-    time_ids = TIME_IDS[stage]
-    pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-    side = resolution // 8
-    with torch.device("meta"):
-        latents = torch.empty(1, config.in_channels, side, side, dtype=dtype)
-        prompt_embeds = torch.empty(1, 77 * chunks, config.cross_attention_dim, dtype=dtype)
-        conditions = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, time_ids)}
-        timesteps = torch.empty(1)
-    counter = FlopCounterMode(display=False)
-    with counter, mock.patch.object(F, "scaled_dot_product_attention", attention):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = unet(latents, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
-        size = sum(storage.nbytes() for storage in kept.values())
-        output.float().mean().backward()
-    return counter.get_total_flops(), size
-
-
-def measure_matmul(device, dtype):
-    """Measures the FLOP/s of a large matrix product, an upper bound for the speed of training."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device).to(dtype)
-    (a @ a @ a)[0, 0].item()  # warm-up
-    start = time.perf_counter()
-    count = 0
-    while count < 2 or time.perf_counter() - start < 0.3:
-        (a @ a)[0, 0].item()  # waits for the result
-        count += 1
-    return 2 * side**3 * count / (time.perf_counter() - start)
-
-
-def estimate_resources(args, models, trained, device, images):
-    """Returns the estimated memory of each part, in bytes, and the least time to train on `images` images."""
-    flop, kept = count_unet(models.unet, args.resolution, models.caption_chunks, args.stage)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(models.vae.config)
-        pixel_values = torch.empty(1, vae.config.in_channels, args.resolution, args.resolution)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.encode(pixel_values)
-    flop += counter.get_total_flops()
-    frozen = [models.unet]
-    if not args.cache_latents:
-        frozen.append(models.vae)
-    if not args.cache_text_embeddings:
-        frozen += models.text_encoders
-    masters = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for model in frozen for p in model.parameters() if not p.requires_grad)
-    if args.base_precision != "auto":
-        linears = [m.weight for m in models.unet.modules() if isinstance(m, torch.nn.Linear)]
-        saved = models.unet.dtype.itemsize - {"nf4": 0.56, "int8": 1.0}[args.base_precision]  # bytes per weight
-        weights -= int(saved * sum(w.numel() for w in linears if not w.requires_grad))
-    size = (models.unet.dtype, args.train_batch_size, args.resolution)
-    checkpointing = sdxl_speed.choose_checkpointing(args.gradient_checkpointing, device, *size, reserved=weights)
-    kept *= sdxl_speed.ACTIVATION_BYTES[checkpointing] / sdxl_speed.ACTIVATION_BYTES["none"]
-    memory = {
-        "frozen weights": weights,
-        "adapters, gradients, optimizer": masters * (8 + MOMENT_BYTES[args.optimizer]),
+def estimate_resources(args, shapes, checkpointing, device, images):
+    """Returns the simulated memory of each part, in bytes, and the least time to train on `images` images."""
+    modes = {checkpointing, *(sdxl_memory.CHECKPOINTING if args.gradient_checkpointing == "auto" else ())}
+    needs = {
+        mode: sdxl_memory.estimate_needs(args, shapes, mode)
+        for mode in sorted(modes, key=sdxl_memory.CHECKPOINTING.index)
     }
-    memory["activations of the UNet"] = kept * args.train_batch_size
-    speed = measure_matmul(device, models.unet.dtype)
+    chosen = needs[checkpointing]
+    _, encoding_flop, _ = sdxl_memory.vae_costs(shapes.vae, args.resolution)
+    size = (shapes.time_ids, 1, args.resolution, shapes.chunks)
+    sdxl_speed.set_checkpointing(shapes.trained, checkpointing, dropout=False)
+    flop = sdxl_memory.step_flop(shapes.unet, [], *size) + encoding_flop
+    speed = sdxl_memory.measure_matmul(device, shapes.unet.dtype)
+    trained = [p.numel() for model in shapes.trained.values() for p in model.parameters() if p.requires_grad]
     return {
-        "trained_parameters": masters,
-        "memory_bytes": memory | {"together": sum(memory.values())},
+        "trained_parameters": sum(trained),
+        "gradient_checkpointing": checkpointing,
+        "memory_bytes": asdict(chosen) | {"together": chosen.peak},
+        "memory_by_checkpointing": {mode: need.peak for mode, need in needs.items()},
         "flop_per_image": flop,
         "matmul_flop_per_second": speed,
         "seconds_at_least": flop * images / speed,
@@ -2551,14 +2527,19 @@ def log_preview(args, facts, damaged):
         logger.info("aesthetic   images by score: %s (trained with %g)", histogram, data.AESTHETIC_SCORE)
     logger.info("steps       {steps} of {global_batch} images, {steps_per_epoch} per epoch".format(**facts))
     logger.info("parameters  %.3g M trained", facts["trained_parameters"] / 1e6)
-    logger.info("memory      at least %.2f GB per device: %s", memory["together"] / 1e9,
-        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if name != "together"))  # fmt: skip
+    logger.info(
+        "memory      %.2f GB per device (simulated): %s",
+        memory["together"] / 1e9,
+        ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in memory.items() if name != "together"),
+    )
+    logger.info("            with --gradient_checkpointing %s", ", ".join(
+        f"{mode} {size / 1e9:.2f} GB" for mode, size in facts["memory_by_checkpointing"].items()))  # fmt: skip
     logger.info("time        at least %.2g h: %.3g TFLOP per image, %.3g TFLOP/s in a matrix product on this device",
         facts["seconds_at_least"] / 3600, facts["flop_per_image"] / 1e12,
         facts["matmul_flop_per_second"] / 1e12)  # fmt: skip
 
 
-def preview(args, accelerator, progress):
+def preview(args, accelerator, progress, checkpointing):
     """Runs --dry_run. Writes the folder preview/, logs a summary, and returns the content of preview.json."""
     dataset, mix, _ = make_data(accelerator, args, progress.seed)
     index = dataset.index
@@ -2568,7 +2549,7 @@ def preview(args, accelerator, progress):
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     models = load_models(args, weight_dtype, accelerator.device, unet_weights=False)
     set_caption_chunks(args, accelerator, models, index)
-    trained = add_adapters(args, models, progress.seed)
+    add_adapters(args, models, progress.seed)  # only checks that they fit
     if not accelerator.is_main_process:
         return {}
 
@@ -2580,7 +2561,8 @@ def preview(args, accelerator, progress):
     own_images = steps * plan.global_batch // accelerator.num_processes
     facts = describe_data(dataset, plan, steps, tokens)
     facts |= {"global_batch": plan.global_batch, "steps": steps, "steps_per_epoch": steps_per_epoch}
-    facts |= estimate_resources(args, models, trained, accelerator.device, own_images)
+    shapes = load_shapes(args, weight_dtype, accelerator.num_processes)
+    facts |= estimate_resources(args, shapes, checkpointing, accelerator.device, own_images)
     folder = Path(args.output_dir) / "preview"
     folder.mkdir(parents=True, exist_ok=True)
     requests = [request for _, batch in zip(range(24), batches) for request in batch][:24]
@@ -2739,6 +2721,16 @@ def set_deterministic(attention_backend):
     torch._inductor.config.deterministic = True
 
 
+def choose_precision(args):
+    """Returns --mixed_precision; without it, the launcher's choice; without that, the best that the GPU has."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision or launched != "no":
+        return args.mixed_precision or launched
+    if not torch.cuda.is_available() or accelerate_utils.parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def make_accelerator(args):
     """Returns an Accelerator with its trackers. Raises InputError if a flag does not work on this machine."""
     output_dir = Path(args.output_dir)
@@ -2749,7 +2741,7 @@ def make_accelerator(args):
         set_deterministic(args.attention_backend)
     logging_dir = str(output_dir / args.logging_dir)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=choose_precision(args),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=[*trackers, JsonlTracker(output_dir / "metrics.jsonl")],
         project_config=accelerate_utils.ProjectConfiguration(project_dir=str(output_dir), logging_dir=logging_dir),
@@ -2823,23 +2815,10 @@ def check_wandb_login():
         raise InputError(f"--report_to: W&B has no login on this machine; {remedy}")
 
 
-def load_shapes(args):
-    """Returns the UNet and the text encoders on the meta device: all sizes, no weights."""
-    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    encoders = []
-    for name in ENCODER_NAMES[args.stage]:
-        config = load_part(args, CLIPTextConfig.from_pretrained, name)
-        with torch.device("meta"):
-            encoders.append(classes[name](config))
-    return SimpleNamespace(unet=load_unet(args, encoders, torch.float32, weights=False), text_encoders=encoders)
-
-
-def check_disk(args):
-    """Raises InputError if the disk has no space for one checkpoint, or the adapters do not fit the models."""
-    with torch.random.fork_rng(devices=[]):
-        trained = add_adapters(args, load_shapes(args), seed=0)
+def check_disk(args, trained):
+    """Raises InputError if the disk has no space for one checkpoint."""
     count = sum(p.numel() for model in trained.values() for p in model.parameters() if p.requires_grad)
-    needed = count * (2 * 4 + MOMENT_BYTES[args.optimizer])  # both LoRA files, and the optimizer's state
+    needed = count * (2 * 4 + sdxl_memory.MOMENT_BYTES[args.optimizer])  # both LoRA files, and the optimizer's state
     free = shutil.disk_usage(args.output_dir).free
     if free < needed:
         found = (
@@ -2848,16 +2827,14 @@ def check_disk(args):
         raise InputError(f"--output_dir: {found}; free some space or give another folder")
 
 
-def check_needs(args, trackers):
-    """Raises InputError if a model, disk space, or access to W&B or the hub is missing. --dry_run: models only.
+def least_free_memory(accelerator):
+    """Returns the free device memory of the rank that has the least, in bytes, or None if it is not known."""
+    free = gather_object([sdxl_memory.free_memory(accelerator.device)])
+    return None if None in free else min(free)
 
-    With --push_to_hub, creates the repository.
-    """
-    for flag in sdxl_single_file.NEEDED_PARTS:
-        check_hub_model(args, flag)
-    if args.dry_run:
-        return
-    check_disk(args)
+
+def check_services(args, trackers):
+    """Raises InputError if W&B or the hub cannot be used. With --push_to_hub, creates the repository."""
     if "wandb" in trackers:
         check_wandb_login()
     if args.push_to_hub:
@@ -2868,6 +2845,23 @@ def check_needs(args, trackers):
         except Exception as error:  # of the network, or the hub's refusal
             remedy = "log in with `hf auth login`, or leave out --push_to_hub"
             raise InputError(f"--push_to_hub: the hub says: {short_reason(error)}; {remedy}") from error
+
+
+def check_needs(args, accelerator, free):
+    """Returns the --gradient_checkpointing mode that fits in `free` bytes of device memory, or None if not known.
+
+    Raises InputError if a model, memory, disk space, or access to W&B or the hub is missing.
+    """
+    for flag in sdxl_single_file.NEEDED_PARTS:
+        check_hub_model(args, flag)
+    shapes = load_shapes(args, weight_dtype_of(accelerator.mixed_precision), accelerator.num_processes)
+    checkpointing, reason = sdxl_memory.choose_checkpointing(args, shapes, free)
+    if reason:
+        logger.info("%s", reason)
+    if not args.dry_run:
+        check_disk(args, shapes.trained)
+        check_services(args, list(map(str, accelerator.log_with)))
+    return checkpointing
 
 
 def warn_of_flags_without_effect(args):
@@ -2937,22 +2931,20 @@ def load_frozen_models(args, accelerator, progress, signature, index):
     return models
 
 
-def fix_bucket_layout(models):
+def fix_bucket_layout(model):
     """Makes DDP choose its gradient buckets before the first step, by a backward pass whose gradients are discarded.
 
     Otherwise it would choose them anew after the first step of every start. A resumed run would then add the gradients
     of three or more processes in another order in that step. Also turns off the broadcast of buffers: all are frozen.
     """
-    for model in models:
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            model.forward_sync_buffers = False
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            with mock.patch.object(model.module, "forward", lambda: torch.stack([p.sum() for p in parameters]).sum()):
-                model().backward()
-            model.zero_grad()
+    model.forward_sync_buffers = False
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with mock.patch.object(model.module, "forward", lambda: torch.stack([p.sum() for p in parameters]).sum()):
+        model().backward()
+    model.zero_grad()
 
 
-def prepare_for_training(args, accelerator, models, progress):
+def prepare_for_training(args, accelerator, models, progress, checkpointing):
     """Adds adapters and DDP. Returns the values of Run.models, Run.trained and Run.optimizer."""
     weight_dtype = weight_dtype_of(accelerator.mixed_precision)
     if args.base_precision != "auto":
@@ -2962,19 +2954,20 @@ def prepare_for_training(args, accelerator, models, progress):
         models.base_pipeline = load_base_pipeline(args, models, weight_dtype)
     raise_if_stopping(accelerator)
     trained = add_adapters(args, models, progress.seed)
-    set_speed(args, models, trained, accelerator.device)
+    set_speed(args, trained, checkpointing)
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= progress.resume_signature["global_batch"]
     groups = make_parameter_groups(trained, learning_rate, args.text_encoder_lr_scale)
     *prepared, optimizer = accelerator.prepare(*trained.values(), make_optimizer(args, groups, learning_rate))
-    fix_bucket_layout(prepared)
+    for model in prepared if accelerator.num_processes > 1 else ():
+        fix_bucket_layout(model)
     prepared = dict(zip(trained, prepared))
     encoders = [prepared.get(n, m) for n, m in zip(("text_encoder", "text_encoder_2"), models.text_encoders)]
     return replace(models, unet=prepared["unet"], text_encoders=encoders), trained, optimizer
 
 
-def make_run(args, accelerator, progress):
+def make_run(args, accelerator, progress, checkpointing):
     """Builds everything that the train loop needs, and returns it as a Run."""
     dataset, mix, val_dataset = make_data(accelerator, args, progress.seed)
     index = dataset.index
@@ -2985,7 +2978,7 @@ def make_run(args, accelerator, progress):
     unwrapped = load_frozen_models(args, accelerator, progress, signature, index)
     if args.cache_latents or args.cache_text_embeddings:
         dataset, val_dataset = cache_encodings(accelerator, args, unwrapped, [dataset, val_dataset])
-    models, trained, optimizer = prepare_for_training(args, accelerator, unwrapped, progress)
+    models, trained, optimizer = prepare_for_training(args, accelerator, unwrapped, progress, checkpointing)
     batches, steps_per_epoch = make_batches(args, accelerator, progress, index, mix)
     warmup_steps = round(0.03 * batches.last_step) if args.lr_warmup_steps is None else args.lr_warmup_steps
     steps = (warmup_steps, batches.last_step)
@@ -3077,12 +3070,13 @@ def main(argv=None):
         accelerator = make_accelerator(args)
         prepare_output_dir(accelerator, args)
         warn_of_flags_without_effect(args)
-        run_on_main(accelerator, lambda: check_needs(args, list(map(str, accelerator.log_with))))
+        free = least_free_memory(accelerator)
+        checkpointing = run_on_main(accelerator, lambda: check_needs(args, accelerator, free))
         checkpoint, progress = run_on_main(accelerator, lambda: claim_output_dir(args))
         try:
             if args.dry_run:
-                return preview(args, accelerator, progress)
-            run = make_run(args, accelerator, progress)
+                return preview(args, accelerator, progress, checkpointing)
+            run = make_run(args, accelerator, progress, checkpointing)
             begin(run, checkpoint)
             with ThreadPoolExecutor(1) as run.checkpoint_writer:  # waits at the end for a pending checkpoint
                 metrics = train(run)

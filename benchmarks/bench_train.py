@@ -24,19 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
+import sdxl_memory
 import sdxl_single_file
 import sdxl_speed
 
@@ -241,9 +238,9 @@ def count_flop(args):
     """(FLOP of one image forward and backward through the UNet with its LoRA, FLOP/s of a matrix product here)."""
     import train_sdxl_lora as trainer
 
-    flop, _ = trainer.count_unet(make_lora_unet(args), args.resolution, 1)
+    flop = sdxl_memory.step_flop(make_lora_unet(args), [], 6, 1, args.resolution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return flop, trainer.measure_matmul(device, trainer.weight_dtype_of(args.precision))
+    return flop, sdxl_memory.measure_matmul(device, trainer.weight_dtype_of(args.precision))
 
 
 def measure_checkpoint(args):
@@ -280,77 +277,16 @@ def measure_checkpoint(args):
                 f"written in {written - copied:.2f} s")  # fmt: skip
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist, and their maximum; views are not counted again."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.sizes = {}
-        self.now = 0
-        self.peak = 0
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, storage._cdata)
-
-    def drop(self, key):
-        self.now -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
-        return output
-
-
-def simulate_memory(args, checkpointing, batch):
-    """Peak bytes of training steps with cached latents and embeddings.
-
-    The steps run on PyTorch's fake tensors, which have shapes and lifetimes but no data, so the real size needs no GPU
-    and little memory.
-    """
-    import train_sdxl_lora as trainer
-
-    unet = make_lora_unet(args)
-    half = trainer.weight_dtype_of(args.precision)
-    with FakeTensorMode():
-        for module in unet.modules():
-            for name, p in module.named_parameters(recurse=False):
-                empty = torch.empty(p.shape, dtype=p.dtype)
-                module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=p.requires_grad))
-        if checkpointing != "none":
-            sdxl_speed.set_checkpointing(unet, checkpointing, dropout=False)
-        masters = [p for p in unet.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(masters, fused=True)
-        config = unet.config
-        side = args.resolution // 8
-        time_ids = 6 * config.addition_time_embed_dim
-        with Allocations(unet.parameters()) as allocations:
-            for _ in range(2):  # the first one creates the optimizer's moments
-                pooled = torch.empty(batch, config.projection_class_embeddings_input_dim - time_ids, dtype=half)
-                conditions = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}
-                prompt_embeds = torch.empty(batch, 77, config.cross_attention_dim, dtype=half)
-                latents = torch.empty(batch, config.in_channels, side, side, dtype=half)
-                model_pred = unet(latents, torch.empty(batch), prompt_embeds, added_cond_kwargs=conditions).sample
-                (model_pred.float() - torch.empty(latents.shape)).square().mean().backward()
-                torch.nn.utils.clip_grad_norm_(masters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-    return allocations.peak
-
-
 def report_memory(args):
-    """Prints the simulated peak memory of a step with each kind of checkpointing, for batch sizes 1 and --batch."""
-    for mode in ("none", "blocks", "full"):
-        peaks = (f"batch {n}: {simulate_memory(args, mode, n) / 1e9:5.2f} GB" for n in sorted({1, args.batch}))
-        print(f"{args.model}, {args.precision}, rank {args.rank}, {mode:7} {', '.join(peaks)}", flush=True)
+    """Prints the simulated memory of a step with cached latents and embeddings: weights, AdamW, forward, backward."""
+    unet = make_lora_unet(args)
+    parameters = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    fixed = sdxl_memory.weight_bytes(unet) + parameters * (4 + sdxl_memory.MOMENT_BYTES["adamw"])
+    for mode in sdxl_memory.CHECKPOINTING:
+        sdxl_speed.set_checkpointing({"unet": unet}, mode, dropout=False)
+        sizes = {n: fixed + sdxl_memory.step_memory(unet, [], 6, n, args.resolution) for n in sorted({1, args.batch})}
+        peaks = ", ".join(f"batch {n}: {size / 1e9:5.2f} GB" for n, size in sizes.items())
+        print(f"{args.model}, {args.precision}, rank {args.rank}, {mode:7} {peaks}", flush=True)
 
 
 def report(args, results):

@@ -42,7 +42,16 @@ def make_flags(world, workers, processes):
     return [
         *("--pretrained_model_name_or_path", SDXL, "--train_shards", world / "data/train"),
         *("--class_csv", world / "manifests/train_species.csv", "--val_shards", world / "data/val"),
-        *("--resolution", 64, "--train_batch_size", max(1, 2 // processes), "--gradient_accumulation_steps", 2, "--seed", 7),
+        *(
+            "--resolution",
+            64,
+            "--train_batch_size",
+            max(1, 2 // processes),
+            "--gradient_accumulation_steps",
+            2,
+            "--seed",
+            7,
+        ),
         *("--train_text_encoder", "--rank", 4, "--lora_dropout", 0.2, "--random_flip", "--noise_offset", 0.05),
         *("--max_train_steps", STEPS, "--checkpointing_steps", 3, "--checkpoints_total_limit", 2),
         *("--logging_steps", 1, "--validation_steps", 7, "--learning_rate", 1e-3, "--mixed_precision", "no"),

@@ -42,6 +42,7 @@ RESULTS = {
             "sdxl_data.py",
             "sdxl_lora.py",
             "sdxl_single_file.py",
+            "sdxl_memory.py",
             "sdxl_speed.py",
         ],
     ),

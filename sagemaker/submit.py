@@ -32,6 +32,7 @@ SENT = (
     "sdxl_data.py",
     "sdxl_lora.py",
     "sdxl_single_file.py",
+    "sdxl_memory.py",
     "sdxl_speed.py",
     "requirements.txt",
     "accelerate_configs",

@@ -45,7 +45,7 @@ DIFFUSERS = {
     "checkpoints_total_limit": None,
     "resume_from_checkpoint": None,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": "none",  # False there: here it has kinds
+    "gradient_checkpointing": "auto",  # False there: here it has kinds, and turns itself on where memory asks for it
     "learning_rate": 1e-4,
     "scale_lr": False,
     "lr_scheduler": "constant",

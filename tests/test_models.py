@@ -229,7 +229,7 @@ def test_gradient_checkpointing_reaches_every_trained_model_and_changes_no_gradi
         speed["gradient_checkpointing"] = "full" if checkpointing else "none"
         flags = change(train_text_encoder=encoders, **speed)
         models = load(flags)
-        trainer.set_speed(flags, models, trainer.add_adapters(flags, models, 0), torch.device("cpu"))
+        trainer.set_speed(flags, trainer.add_adapters(flags, models, 0), flags.gradient_checkpointing)
         assert models.unet.is_gradient_checkpointing == checkpointing
         assert {encoder.is_gradient_checkpointing for encoder in models.text_encoders} == {checkpointing and encoders}
         added = {"text_embeds": torch.ones(1, 96), "time_ids": torch.full((1, 6), 64.0)}

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -26,15 +25,18 @@ def test_a_checkpoint_of_two_processes_goes_on_with_the_same_samples_on_any_numb
         (tmp_path / name).mkdir()
     whole = assert_ok(run_trainer(argv, tmp_path / "whole", 2, setup=partial(note_samples, tmp_path / "expected")))
     hook = partial(note_samples, tmp_path / "found")
-    assert_ok(run_trainer([*argv, "--max_train_steps", 2], tmp_path / "run", 2, setup=hook))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
     argv += ["--train_batch_size", 12 // processes]
     again = assert_ok(run_trainer(argv, tmp_path / "run", processes, setup=hook))
     assert f"resumed with another --train_batch_size: '6' in the checkpoint, '{12 // processes}' now" in again.output
     expected = samples_by_step(tmp_path / "expected")
     assert len(expected) == 4 and all(len(keys) == 12 for keys in expected.values())
-    assert samples_by_step(tmp_path / "found") == expected
-    weights = [safetensors.torch.load_file(run.output_dir / "pytorch_lora_weights.safetensors") for run in (whole, again)]
-    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-6) for name in weights[0])
+    assert samples_by_step(tmp_path / "found") == {step: expected[step] for step in (2, 3)}
+    weights = [
+        safetensors.torch.load_file(run.output_dir / "pytorch_lora_weights.safetensors") for run in (whole, again)
+    ]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-4) for name in weights[0])
 
 
 def test_another_global_batch_is_refused_or_goes_on_in_the_same_pass(flags, tmp_path):

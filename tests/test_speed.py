@@ -358,21 +358,14 @@ def test_kernels_that_do_not_run_here_are_refused_by_name(flags, tmp_path, name)
     assert f"InputError: --attention_backend: {name} does not run here, on cpu in torch.float32" in result.output
 
 
-def test_checkpointing_recomputes_what_it_says_and_auto_takes_the_least(monkeypatch):
-    unet = trainer.UNet2DConditionModel.from_pretrained(SDXL, subfolder="unet")
-    sdxl_speed.set_checkpointing(unet, "blocks", dropout=False)
-    recomputed = {type(m).__name__ for m in unet.modules() if getattr(m, "gradient_checkpointing", False)}
-    assert recomputed == {"Transformer2DModel"}
-    sdxl_speed.set_checkpointing(unet, "full", dropout=False)
-    assert "UpBlock2D" in {type(m).__name__ for m in unet.modules() if getattr(m, "gradient_checkpointing", False)}
-    assert sdxl_speed.choose_checkpointing("auto", torch.device("cpu"), torch.bfloat16, 4, 1024) == "none"
-    for free, batch, wanted in ((80e9, 4, "none"), (20e9, 4, "blocks"), (20e9, 2, "none"), (4e9, 4, "full")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80e9))
-        for dtype, images, reserved in ((torch.bfloat16, batch, 0), (torch.float32, batch / 2, 0)):
-            found = sdxl_speed.choose_checkpointing("auto", torch.device("cuda"), dtype, images, 1024, reserved)
-            assert found == wanted
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 80e9))
-    assert sdxl_speed.choose_checkpointing("auto", torch.device("cuda"), torch.bfloat16, 2, 1024, 10e9) == "blocks"
+def test_checkpointing_recomputes_what_it_says():
+    trained = {"unet": trainer.UNet2DConditionModel.from_pretrained(SDXL, subfolder="unet")}
+    found = {}
+    for mode in ("blocks", "full", "none"):
+        sdxl_speed.set_checkpointing(trained, mode, dropout=False)
+        modules = trained["unet"].modules()
+        found[mode] = {type(m).__name__ for m in modules if getattr(m, "gradient_checkpointing", False)}
+    assert found["blocks"] == {"Transformer2DModel"} and "UpBlock2D" in found["full"] and not found["none"]
 
 
 def test_a_quantized_base_is_small_and_only_its_linear_layers_are():
