@@ -9,7 +9,6 @@ The sections; each calls only what is above it:
      3 Plan        which --gradient_checkpointing fits, and which --train_batch_size
 """
 
-import math
 import time
 import weakref
 from argparse import Namespace
@@ -261,16 +260,14 @@ def estimate_needs(args, shapes, mode):
     )
 
 
-def largest_batch(args, shapes, mode, need, free):
-    """Returns the flags for the largest batch that fits, with the same global batch or more, or None if none does."""
+def smaller_batch(args, shapes, mode, free):
+    """Returns the flags for the largest batch that fits and keeps the global batch, or None if there is none."""
     images = args.train_batch_size * args.gradient_accumulation_steps
-    room = (free - MARGIN[1]) / MARGIN[0] - need.always
-    batch_size = min(args.train_batch_size - 1, int(room / need.step * args.train_batch_size))
-    while batch_size >= 1:
-        flags = {"train_batch_size": batch_size, "gradient_accumulation_steps": math.ceil(images / batch_size)}
-        if estimate_needs(Namespace(**vars(args) | flags), shapes, mode).fits(free):
-            return " ".join(f"--{name} {value}" for name, value in flags.items())
-        batch_size -= 1
+    for batch_size in range(args.train_batch_size - 1, 0, -1):
+        if images % batch_size == 0:
+            flags = {"train_batch_size": batch_size, "gradient_accumulation_steps": images // batch_size}
+            if estimate_needs(Namespace(**vars(args) | flags), shapes, mode).fits(free):
+                return " ".join(f"--{name} {value}" for name, value in flags.items())
     return None
 
 
@@ -281,7 +278,7 @@ def refuse(args, shapes, mode, need, free):
     if drawing > free:
         found = f"drawing sample images needs {drawing / 1e9:.2f} GB (simulated), {available}"
         raise InputError(f"--validation_prompt: {found}; leave the prompts out")
-    smaller = largest_batch(args, shapes, mode, need, free)
+    smaller = smaller_batch(args, shapes, mode, free)
     remedies = [f"give {smaller}"] if smaller else ["not even one image fits; give a smaller --rank or --resolution"]
     if args.gradient_checkpointing in ("none", "blocks"):
         remedies.insert(0, "give --gradient_checkpointing auto")
