@@ -16,7 +16,7 @@ The sections, in the order data flows; each calls only what is above it:
      7 Checkpoints    8 Validation        9 Train loop  10 Preview     11 Process, log, errors    12 Main
 Beside it: sdxl_data.py (shard or folder → index → plan → crops → batches), sdxl_lora.py (LoRA files),
 sdxl_single_file.py (checkpoints in one file), sdxl_speed.py (layers and kernels for speed and memory), sdxl_memory.py
-(what a step needs).
+(what a step needs), sdxl_preview.py (--dry_run).
 To read it: this page, `--help`, main(), train(), diffusion_loss(); then the section you came for.
 Lines that begin with "# Seam:" mark the places meant to be edited, each with its contract.
 """
@@ -42,7 +42,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import yaml
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 import sdxl_data as data
@@ -615,6 +615,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import sdxl_memory
+import sdxl_preview
 import sdxl_speed
 
 # -----------------------------------------------------------------------------
@@ -1840,7 +1841,7 @@ def save_run(args, progress, index):
         rows = zip(args.merge_lora, progress.resume_signature["merge_lora"])
         facts["merge_lora"] = [{"file": file, "sha256": sha256, "scale": scale} for file, (sha256, scale) in rows]
     write_file(output_dir / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
-    modules = (data, sdxl_lora, sdxl_single_file, sdxl_speed, sdxl_memory)
+    modules = (data, sdxl_lora, sdxl_single_file, sdxl_speed, sdxl_memory, sdxl_preview)
     for script in map(Path, (__file__, *(module.__file__ for module in modules))):
         if script.resolve().parent != output_dir.resolve():  # it is there if the run's own copy is started
             shutil.copy(script, output_dir)
@@ -2398,145 +2399,8 @@ def train(run):
 
 
 # -----------------------------------------------------------------------------
-# 10 Preview: what --dry_run finds out and draws
+# 10 Preview: --dry_run
 # -----------------------------------------------------------------------------
-
-
-def estimate_resources(args, shapes, checkpointing, device, images):
-    """Returns the simulated memory of each part, in bytes, and the least time to train on `images` images."""
-    modes = {checkpointing, *(sdxl_memory.CHECKPOINTING if args.gradient_checkpointing == "auto" else ())}
-    needs = {
-        mode: sdxl_memory.estimate_needs(args, shapes, mode)
-        for mode in sorted(modes, key=sdxl_memory.CHECKPOINTING.index)
-    }
-    chosen = needs[checkpointing]
-    _, encoding_flop, _ = sdxl_memory.vae_costs(shapes.vae, args.resolution)
-    size = (shapes.time_ids, 1, args.resolution, shapes.chunks)
-    sdxl_speed.set_checkpointing(shapes.trained, checkpointing, dropout=False)
-    flop = sdxl_memory.step_flop(shapes.unet, [], *size) + encoding_flop
-    speed = sdxl_memory.measure_matmul(device, shapes.unet.dtype)
-    trained = [p.numel() for model in shapes.trained.values() for p in model.parameters() if p.requires_grad]
-    return {
-        "trained_parameters": sum(trained),
-        "gradient_checkpointing": checkpointing,
-        "memory_bytes": asdict(chosen) | {"together": chosen.peak},
-        "memory_by_checkpointing": {mode: need.peak for mode, need in needs.items()},
-        "flop_per_image": flop,
-        "matmul_flop_per_second": speed,
-        "seconds_at_least": flop * images / speed,
-    }
-
-
-def describe_data(dataset, plan, steps, caption_tokens):
-    """Returns the statistics for preview.json: the dataset, and how a run of `steps` steps will sample it."""
-    index = dataset.index
-    last = max(steps - 1, 0)
-    scales = index.scales(dataset.resolution)
-    cut = 1 - scales.min(axis=1) / scales.max(axis=1)
-    bucket_images = np.bincount(index.buckets, minlength=len(dataset.bucket_sizes))
-    columns = zip(plan.arrivals[:, :-1].sum(axis=0), plan.mix.data, plan.mix.target(0), plan.mix.target(last))
-    classes = [dict(zip(("images", "data", "at_start", "at_end"), map(float, row))) for row in columns]
-    columns = zip(dataset.bucket_sizes, bucket_images, plan.bucket_weights(0), plan.bucket_weights(last))
-    buckets = [{"size": size, "images": int(n), "at_start": start, "at_end": end} for size, n, start, end in columns]
-    fields = index.table.column("score").to_pylist()
-    scores = Counter(
-        int(data.scale_aesthetic(value, dataset.aesthetic_scale)) for value in fields if value is not None
-    )
-    scores[9] += scores.pop(10, 0)
-    return {
-        "images": len(index),
-        "damaged": dict(Counter(map(data.damage_kind, index.damage))),
-        "damaged_samples": index.damage[:100],
-        "unlabelled": int(plan.arrivals[:, -1].sum()),
-        "classes": dict(zip(plan.mix.names, classes)),
-        "buckets": buckets,
-        "cut_off": {"median": float(np.median(cut)), "most": float(cut.max())},
-        "scaled_up": {"images": int((scales.max(axis=1) > 1).sum()), "most": float(scales.max())},
-        "aesthetic_scores": {f"{n} to {n + 1}": scores[n] for n in range(1, 10)} | {"none": fields.count(None)},
-        "caption_tokens": {f"{p}%": int(np.percentile(caption_tokens, p)) for p in (0, 25, 50, 75, 95, 100)},
-        "captions_over_75_tokens": int((np.array(caption_tokens) > 75).sum()),
-    }
-
-
-def draw_contact_sheet(dataset, requests, columns=4):
-    """Returns a matplotlib Figure that shows samples with their crop window, class and caption."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    rows = -(-len(requests) // columns)
-    figure = Figure(figsize=(2.8 * columns, 3.3 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False, subplot_kw={"anchor": "NW"}).flat:
-        axes.set_axis_off()
-    for axes, request in zip(figure.axes, requests):
-        i, label, step, _ = request
-        item = dataset[request]
-        height, width = bucket = item["target_sizes"]
-        top, left = item["crop_top_lefts"]
-        row, (image, original, _), _ = dataset.first_intact(i, label, lambda row, b=bucket: dataset.open(row, b))
-        if dataset.is_flipped(row, step):
-            image = ImageOps.mirror(image)
-        image.thumbnail((280, 280))
-        ratio = original[1] / original[0]
-        aspect = min(max(1, ratio / 8), 8 * ratio)  # shown as at most 8:1, so that one can see a spacer
-        axes.imshow(image, extent=(0, original[1], original[0], 0), aspect=aspect)
-        # the crop is in px of the image scaled to cover the bucket; `scale` takes it back to px of the file
-        scale = 1 / max(height / original[0], width / original[1])
-        axes.add_patch(Rectangle((left * scale, top * scale), width * scale, height * scale, fill=False, color="red"))
-        sizes = f"{original[1]} x {original[0]} px, cropped to {width} x {height}"
-        lines = [f"{item['species'] or 'no label'}, step {step + 1}", sizes, item["captions"]]
-        labels = [data.make_label(line, 48) for line in lines]
-        axes.set_title("\n".join(labels), fontsize=7, loc="left", family=data.label_fonts()[0])
-    return figure
-
-
-def draw_classes(classes, most=60):
-    """Returns a matplotlib Figure of class probabilities. Shows only the commonest and rarest if there are many."""
-    from matplotlib.figure import Figure
-
-    names = sorted(classes, key=lambda name: -classes[name]["data"])
-    if len(names) > most:
-        names = names[: most // 2] + names[-most // 2 :]
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    places = np.arange(len(names))
-    kinds = {"data": "share of the data", "at_start": "sampled at step 1", "at_end": "sampled at the last step"}
-    for n, (kind, title) in enumerate(kinds.items()):
-        colour = ("#b8b8b8", "#2a7fd4", "#e08a1e")[n]
-        axes.barh(places + 0.27 * (n - 1), [classes[name][kind] for name in names], 0.25, color=colour, label=title)
-    labels = [f"{data.make_label(name, 26)} ({classes[name]['images']:.0f})" for name in names]
-    axes.set_yticks(places, labels, family=data.label_fonts()[0])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("probability (number of images in brackets)")
-    axes.legend(loc="lower right", frameon=False)
-    return figure
-
-
-def log_preview(args, facts, damaged):
-    """Logs the most important numbers of preview.json in a few lines."""
-    tokens = facts["caption_tokens"]
-    memory = facts["memory_bytes"]
-    filled = [bucket["images"] for bucket in facts["buckets"] if bucket["images"]]
-    logger.info("images      %d of %d classes, %d unlabelled, %d damaged",
-        facts["images"], len(facts["classes"]), facts["unlabelled"], damaged)  # fmt: skip
-    logger.info("buckets     %d, of which %d have fewer images than a batch; at most %.0f %% of an image is cut off",
-        len(filled), sum(n < facts["global_batch"] for n in filled), 100 * facts["cut_off"]["most"])  # fmt: skip
-    logger.info("captions    %d to %d tokens, median %d; %d over 75",
-        tokens["0%"], tokens["100%"], tokens["50%"], facts["captions_over_75_tokens"])  # fmt: skip
-    if args.stage == "refiner":
-        histogram = ", ".join(f"{span}: {count}" for span, count in facts["aesthetic_scores"].items())
-        logger.info("aesthetic   images by score: %s (trained with %g)", histogram, data.AESTHETIC_SCORE)
-    logger.info("steps       {steps} of {global_batch} images, {steps_per_epoch} per epoch".format(**facts))
-    logger.info("parameters  %.3g M trained", facts["trained_parameters"] / 1e6)
-    logger.info(
-        "memory      %.2f GB per device (simulated): %s",
-        memory["together"] / 1e9,
-        ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in memory.items() if name != "together"),
-    )
-    logger.info("            with --gradient_checkpointing %s", ", ".join(
-        f"{mode} {size / 1e9:.2f} GB" for mode, size in facts["memory_by_checkpointing"].items()))  # fmt: skip
-    logger.info("time        at least %.2g h: %.3g TFLOP per image, %.3g TFLOP/s in a matrix product on this device",
-        facts["seconds_at_least"] / 3600, facts["flop_per_image"] / 1e12,
-        facts["matmul_flop_per_second"] / 1e12)  # fmt: skip
 
 
 def preview(args, accelerator, progress, checkpointing):
@@ -2559,18 +2423,18 @@ def preview(args, accelerator, progress, checkpointing):
     captions = index.table.column("captions").combine_chunks().flatten().to_pylist()
     tokens = [len(ids) for ids in models.tokenizers[0](captions, add_special_tokens=False).input_ids]
     own_images = steps * plan.global_batch // accelerator.num_processes
-    facts = describe_data(dataset, plan, steps, tokens)
+    facts = sdxl_preview.describe_data(dataset, plan, steps, tokens)
     facts |= {"global_batch": plan.global_batch, "steps": steps, "steps_per_epoch": steps_per_epoch}
     shapes = load_shapes(args, weight_dtype, accelerator.num_processes)
-    facts |= estimate_resources(args, shapes, checkpointing, accelerator.device, own_images)
+    facts |= sdxl_preview.estimate_resources(args, shapes, checkpointing, accelerator.device, own_images)
     folder = Path(args.output_dir) / "preview"
     folder.mkdir(parents=True, exist_ok=True)
     requests = [request for _, batch in zip(range(24), batches) for request in batch][:24]
-    draw_contact_sheet(dataset, requests).savefig(folder / "contact_sheet.png")
+    sdxl_preview.draw_contact_sheet(dataset, requests).savefig(folder / "contact_sheet.png")
     if facts["classes"]:
-        draw_classes(facts["classes"]).savefig(folder / "classes.png")
+        sdxl_preview.draw_classes(facts["classes"]).savefig(folder / "classes.png")
     write_file(folder / "preview.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-    log_preview(args, facts, len(index.damage))
+    sdxl_preview.log_summary(args, facts, len(index.damage))
     logger.info("nothing was trained; see %s", folder)
     return facts
 

@@ -43,6 +43,7 @@ RESULTS = {
             "sdxl_lora.py",
             "sdxl_single_file.py",
             "sdxl_memory.py",
+            "sdxl_preview.py",
             "sdxl_speed.py",
         ],
     ),

@@ -33,6 +33,7 @@ SENT = (
     "sdxl_lora.py",
     "sdxl_single_file.py",
     "sdxl_memory.py",
+    "sdxl_preview.py",
     "sdxl_speed.py",
     "requirements.txt",
     "accelerate_configs",

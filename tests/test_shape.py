@@ -19,6 +19,7 @@ MAX_LINES = {
     "sdxl_lora.py": 600,
     "sdxl_speed.py": 400,
     "sdxl_memory.py": 400,
+    "sdxl_preview.py": 400,
     "evaluate.py": 1400,
     "hpo_sweep.py": 1400,
 }
@@ -27,13 +28,14 @@ SECTIONS = [
     *("Arguments", "Models and LoRA", "Data", "Encoding", "Loss", "Optimizer", "Checkpoints", "Validation"),
     *("Train loop", "Preview", "Process, log, errors", "Main"),
 ]
-PARTS = {"sdxl_data", "sdxl_single_file", "sdxl_lora", "sdxl_speed", "sdxl_memory"}
+PARTS = {"sdxl_data", "sdxl_single_file", "sdxl_lora", "sdxl_speed", "sdxl_memory", "sdxl_preview"}
 MAY_IMPORT = {
     "sdxl_data": set(),
     "sdxl_single_file": {"sdxl_data"},
     "sdxl_lora": {"sdxl_data", "sdxl_single_file"},
     "sdxl_speed": {"sdxl_data", "sdxl_single_file"},
     "sdxl_memory": {"sdxl_data", "sdxl_speed"},
+    "sdxl_preview": {"sdxl_data", "sdxl_memory", "sdxl_speed"},
     "train_sdxl_lora": PARTS,
     "evaluate": PARTS | {"train_sdxl_lora"},
     "hpo_sweep": PARTS | {"train_sdxl_lora", "evaluate"},

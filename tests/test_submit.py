@@ -134,6 +134,7 @@ def test_the_request_field_by_field(aws, mode, count, spot):
         "sdxl_lora.py",
         "sdxl_single_file.py",
         "sdxl_memory.py",
+        "sdxl_preview.py",
         "sdxl_speed.py",
         "hpo_sweep.py",
         "evaluate.py",
