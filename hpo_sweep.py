@@ -1238,6 +1238,22 @@ def run_trials(sweep, argv):
     return study
 
 
+def log_end(study, sweep):
+    """Logs how many trials have ended in which way. Returns the exit status: 1 if none has finished or is running."""
+    trials = study.get_trials(deepcopy=False)
+    count = collections.Counter(trial.state for trial in trials)
+    ended = (
+        f"{count[TrialState.COMPLETE]} finished, {count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed"
+    )
+    ended += f", of {sweep.args.n_trials} trials; see {sweep.folder / 'report.html'}"
+    if count[TrialState.COMPLETE] or count[TrialState.RUNNING] or stop:
+        logger.info("%s", ended)
+        return 0
+    reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
+    logger.error("error: no trial has finished: %s; the last one: %s", ended, "".join(reasons[-1:]) or "no reason")
+    return 1
+
+
 def split_gpus(visible, workers, each):
     """Returns a list with CUDA_VISIBLE_DEVICES for each worker. Each worker gets `each` of the GPUs in `visible`.
 
@@ -1271,7 +1287,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, otherwise the highest exit status of the workers."""
+    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, 1 if no trial has finished, 0 otherwise."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]
@@ -1288,10 +1304,7 @@ def main(argv=None):
         if sweep.args.workers > 1:
             status = run_workers(sweep, argv)
         else:
-            study = run_trials(sweep, argv)
-            status = 0
-            ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-            logger.info("%d of %d trials; see %s", len(ended), sweep.args.n_trials, sweep.folder / "report.html")
+            status = log_end(run_trials(sweep, argv), sweep)
         if stop and stop.number != signal.SIGINT and os.environ.get("PREEMPT_FILE"):
             Path(os.environ["PREEMPT_FILE"]).touch()  # the batch script requeues the job
         return 130 if stop.number == signal.SIGINT else status

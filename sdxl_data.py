@@ -8,9 +8,8 @@ The sections, in the order data flows; each calls only what is above it:
      5 Plan                    which rows make up which batch: a pure function of the step
      6 Images and batches      decode, crop, resize; the dataset and its loader
      7 Encoding cache          latents and text embeddings on disk
-     8 Text in figures         fonts, and labels that they can write
 train_sdxl_lora.py, evaluate.py and hpo_sweep.py import this file; it imports none of them. Functions that need torch,
-datasets or matplotlib import them: loading them takes seconds, and flags are checked before that.
+or datasets import them: loading them takes seconds, and flags are checked before that.
 """
 
 import argparse
@@ -34,7 +33,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import configargparse
@@ -48,7 +47,10 @@ import safetensors
 from braceexpand import braceexpand
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
-STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", 0), signal.SIGINT)  # mean "save and exit" to the scripts
+# Signals that mean "save and exit" to the scripts. Windows has only two. After nohup, SIGHUP stays ignored.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    STOP_SIGNALS.remove(signal.SIGHUP)
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in diffusers' format
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "avif", "jfif", "tif", "tiff", "gif")
 UNREADABLE_EXTENSIONS = "heic heif jxl svg raw dng cr2 cr3 nef arw exr hdr".split()  # reported when in a folder
@@ -78,7 +80,6 @@ MAX_OPEN_CACHES = 256  # cache files that a process keeps open
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
     1 << 28
 )  # bytes of text; Pillow refuses 1 MB workflows
-CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "IPAexGothic", "Hiragino Sans", "MS Gothic")
 
 
 # -----------------------------------------------------------------------------
@@ -1676,25 +1677,3 @@ class EncodingCache:
             raise ValueError(notes[image_id])
         names, numbers = notes[image_id][int(variant)]
         return {name: file.get_tensor(f"{image_id}/{int(variant)}/{name}") for name in names} | numbers
-
-
-# -----------------------------------------------------------------------------
-# 8 Text in figures
-# -----------------------------------------------------------------------------
-
-
-@cache
-def label_fonts():
-    """Returns the fonts for figures, and the set of characters that they have."""
-    from matplotlib import font_manager, ft2font
-
-    installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-    families = ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed][:1]]
-    return families, frozenset().union(*(ft2font.FT2Font(installed[name]).get_charmap() for name in families))
-
-
-def make_label(text, length):
-    """Returns text on one line, cut to `length`. Spells out characters that no font has: ピカ → "[pi][ka]"."""
-    words = [c if ord(c) in label_fonts()[1] else f"[{unicodedata.name(c, '?').split(' ')[-1].lower()}]" for c in text]
-    text = " ".join("".join(words).replace("$", "\\$").split())  # a $ would begin a formula
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -2,13 +2,16 @@
 
 The sections:
      1 Numbers   of preview.json: the data, and what a run needs
-     2 Pictures  contact_sheet.png and classes.png
-     3 Log       a summary
+     2 Text      fonts, and labels that they can write
+     3 Pictures  contact_sheet.png and classes.png
+     4 Log       a summary
 """
 
 import logging
+import unicodedata
 from collections import Counter
 from dataclasses import asdict
+from functools import cache
 
 import numpy as np
 from PIL import ImageOps
@@ -16,6 +19,9 @@ from PIL import ImageOps
 import sdxl_data as data
 import sdxl_memory
 import sdxl_speed
+
+# the first of these that is installed writes Japanese and Chinese
+CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "IPAGothic", "IPAexGothic", "Hiragino Sans", "MS Gothic")
 
 logger = logging.getLogger("train_sdxl_lora.preview")
 
@@ -98,7 +104,29 @@ def describe_data(dataset, plan, steps, caption_tokens):
 
 
 # -----------------------------------------------------------------------------
-# 2 Pictures
+# 2 Text
+# -----------------------------------------------------------------------------
+
+
+@cache
+def label_fonts():
+    """Returns the fonts for figures, and the set of characters that they have."""
+    from matplotlib import font_manager, ft2font
+
+    installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
+    families = ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed][:1]]
+    return families, frozenset().union(*(ft2font.FT2Font(installed[name]).get_charmap() for name in families))
+
+
+def make_label(text, length):
+    """Returns text on one line, cut to `length`. Spells out characters that no font has: ピカ → "[pi][ka]"."""
+    words = [c if ord(c) in label_fonts()[1] else f"[{unicodedata.name(c, '?').split(' ')[-1].lower()}]" for c in text]
+    text = " ".join("".join(words).replace("$", "\\$").split())  # a $ would begin a formula
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# -----------------------------------------------------------------------------
+# 3 Pictures
 # -----------------------------------------------------------------------------
 
 
@@ -116,7 +144,7 @@ def make_title(item, step, original):
     height, width = item["target_sizes"]
     sizes = f"{original[1]} x {original[0]} px, cropped to {width} x {height}"
     lines = [f"{item['species'] or 'no label'}, step {step + 1}", sizes, item["captions"]]
-    return "\n".join(data.make_label(line, 48) for line in lines)
+    return "\n".join(make_label(line, 48) for line in lines)
 
 
 def draw_sample(axes, dataset, request):
@@ -135,7 +163,7 @@ def draw_sample(axes, dataset, request):
     axes.imshow(image, extent=(0, original[1], original[0], 0), aspect=aspect)
     left, top, width, height = crop_frame(item, original)
     axes.add_patch(Rectangle((left, top), width, height, fill=False, color="red"))
-    axes.set_title(make_title(item, step, original), fontsize=7, loc="left", family=data.label_fonts()[0])
+    axes.set_title(make_title(item, step, original), fontsize=7, loc="left", family=label_fonts()[0])
 
 
 def draw_contact_sheet(dataset, requests, columns=4):
@@ -169,8 +197,8 @@ def draw_classes(classes, most=60):
     for n, (kind, title) in enumerate(kinds.items()):
         colour = ("#b8b8b8", "#2a7fd4", "#e08a1e")[n]
         axes.barh(places + 0.27 * (n - 1), [classes[name][kind] for name in names], 0.25, color=colour, label=title)
-    labels = [f"{data.make_label(name, 26)} ({classes[name]['images']:.0f})" for name in names]
-    axes.set_yticks(places, labels, family=data.label_fonts()[0])
+    labels = [f"{make_label(name, 26)} ({classes[name]['images']:.0f})" for name in names]
+    axes.set_yticks(places, labels, family=label_fonts()[0])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("probability (number of images in brackets)")
     axes.legend(loc="lower right", frameon=False)
@@ -178,7 +206,7 @@ def draw_classes(classes, most=60):
 
 
 # -----------------------------------------------------------------------------
-# 3 Log
+# 4 Log
 # -----------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import re
 import select
 import shutil
 import signal
@@ -73,6 +74,8 @@ SAVE_WAIT = 1.0  # s that training waits for a checkpoint; a larger one is writt
 LOCK_SECONDS = 3  # wait for the output_dir of a run that is just ending
 STOP_SECONDS = 25  # after a stop signal without a finished step, the process exits; launchers kill after 30
 GROUP_TIMEOUT = timedelta(hours=2)  # the main process may index or download while the others wait for it
+START_LINE = "started:"  # begins the first line in logs/rank-N.log of each start
+OTHER_ENDED = "another process of this run has ended"
 MAX_NONFINITE_STEPS = 30  # in a row, then skipping is hopeless: fp16's loss scale is below 2^-14
 
 logger = logging.getLogger("train_sdxl_lora")
@@ -149,6 +152,16 @@ TRACKERS = "tensorboard wandb comet_ml aim clearml dvclive mlflow swanlab tracki
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention layers, as in diffusers' script
 # diffusers' SchedulerType without the piecewise one, which needs rules that no flag carries
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+USE_DDP = "a LoRA needs no sharding of the model; use accelerate_configs/ddp.yaml"
+REFUSED_VARIABLES = {  # variables of Accelerate that would change how it trains, and what to do instead
+    "ACCELERATE_USE_DEEPSPEED": USE_DDP,
+    "ACCELERATE_USE_FSDP": USE_DDP,
+    "ACCELERATE_USE_MEGATRON_LM": USE_DDP,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": USE_DDP,
+    "ACCELERATE_DYNAMO_BACKEND": "give --compile instead",
+}
 
 
 # fmt: off
@@ -292,7 +305,8 @@ def add_optimizer_arguments(parser):
         help="at a NaN or infinite loss or gradient: stop, or skip the step (adds a GPU sync per step)")
     add("--max_train_steps", type=int, metavar="STEPS", help="optimizer steps; overrides --num_train_epochs")
     add("--num_train_epochs", type=int, default=100, metavar="N", help="of ceil(images / global batch) steps each")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-steps per optimizer step")
+    add("--gradient_accumulation_steps", type=int, metavar="N",
+        help="micro-steps per optimizer step (default: the accelerate config's, or 1)")
 
 
 def add_checkpoint_arguments(parser):
@@ -390,6 +404,27 @@ def default_workers(local_world):
     return max(0, min(8, (os.cpu_count() or 1) // local_world - 1))
 
 
+def take_environment(parser, args):
+    """Takes over what `accelerate launch` or the shell has set for Accelerate. Exits if it cannot be used."""
+    for name, remedy in REFUSED_VARIABLES.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in ("", "no", "false", "0"):
+            parser.error(f"{name}: found {value}; unset it, or change the accelerate config; {remedy}")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision is None and precision not in ("no", "fp16", "bf16"):
+        parser.error(f"ACCELERATE_MIXED_PRECISION: found {precision}; give --mixed_precision bf16, fp16 or no")
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # Accelerate prefers it to its own argument
+    steps = os.environ.get(name)
+    if steps is None:
+        return
+    if not re.fullmatch("[1-9][0-9]*", steps):
+        parser.error(f"{name}: found {steps}; expected a number above 0")
+    if args.gradient_accumulation_steps not in (None, int(steps)):
+        found = f"found {args.gradient_accumulation_steps}, but {name} is {steps}"
+        parser.error(f"--gradient_accumulation_steps: {found}; give the same number or unset the variable")
+    args.gradient_accumulation_steps = int(steps)
+
+
 def take_lora_flags(parser, args):
     """Sets rank, alpha and so on as in --init_lora. Exits if the file is unusable or a given flag contradicts it."""
     if args.init_lora is None:
@@ -415,6 +450,7 @@ def set_defaults(args):
     if args.lora_target_modules is None and args.init_lora is None:
         args.lora_target_modules = TARGET_MODULES
     defaults = {
+        "gradient_accumulation_steps": 1,
         "use_dora": False,
         "use_rslora": False,
         "train_text_encoder": False,
@@ -574,6 +610,7 @@ def parse_args(argv=None):
     """Returns the flags with all defaults filled in. Exits if a flag is wrong. The result is never modified later."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    take_environment(parser, args)
     take_lora_flags(parser, args)
     set_defaults(args)
     check_ranges(parser, args)
@@ -1665,7 +1702,6 @@ def complete_checkpoint(unfinished, final, files):
     metrics = final.parent / "metrics.jsonl"
     if metrics.exists():
         sync(metrics)  # its rows up to this step
-    shutil.rmtree(final, ignore_errors=True)  # exists only if it was damaged and skipped on resume
     os.rename(unfinished, final)
     sync(final.parent)
 
@@ -1680,7 +1716,8 @@ def write_checkpoint(output_dir, step, files, keep=None):
     shutil.rmtree(unfinished, ignore_errors=True)
     fault = try_write(lambda: complete_checkpoint(unfinished, final, files))
     if fault is None:
-        for _, old in data.list_checkpoints(output_dir)[: -keep if keep else 0]:
+        others = [path for _, path in data.list_checkpoints(output_dir) if path != final]
+        for old in others[: len(others) + 1 - keep] if keep else ():
             shutil.rmtree(old, ignore_errors=True)
         logger.info("saved %s", final)
     else:
@@ -1791,6 +1828,17 @@ def trim_rows(path, progress):
         if step < progress.step or (step == progress.step and not is_repeated):
             kept.append(line)
     write_file(path, "".join(kept).encode())
+
+
+def set_aside_checkpoints(output_dir, step):
+    """Renames the checkpoints after `step`, from which the run goes on another way. `latest` does not see them."""
+    for later, folder in data.list_checkpoints(output_dir):
+        if later > step:
+            number = 1
+            while (aside := folder.with_name(f"set-aside-{folder.name}-{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            logger.warning("%s is later than the checkpoint that was resumed; it is now %s", folder, aside.name)
 
 
 def lock_output_dir(output_dir):
@@ -2075,9 +2123,9 @@ def draw_grid(images, prompts, columns):
         bottom = (rows - 1 - row) * (side + 16)
         figure.figimage(image.repeat(zoom, axis=0).repeat(zoom, axis=1), column * side, bottom, origin="upper")
         if column == 0:
-            label = data.make_label(prompts[i], columns * side // 6)
+            label = sdxl_preview.make_label(prompts[i], columns * side // 6)
             y = (bottom + side + 4) / (rows * (side + 16))
-            figure.text(0.01, y, label, fontsize=7, family=data.label_fonts()[0])
+            figure.text(0.01, y, label, fontsize=7, family=sdxl_preview.label_fonts()[0])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -2393,6 +2441,8 @@ def train(run):
         if done or run.stopping:
             break
     bar.close()
+    if progress.step < run.batches.last_step and not run.stopping:
+        raise TrainingError(f"the data ended at step {progress.step} of {run.batches.last_step}; this is a bug")
     stop.patient = True  # training is over: nothing for the watchdog to wait for
     done = progress.step >= run.batches.last_step and not progress.validation_due
     return metrics | {"step": progress.step, "preempted": not done}
@@ -2452,7 +2502,7 @@ def touch_preempt_file():
 
 
 class SignalListener:
-    """Thread that records SIGTERM, SIGUSR1 and Ctrl-C in `stop`, even while the main thread is blocked.
+    """Thread that records SIGTERM, SIGUSR1, SIGHUP and Ctrl-C in `stop`, even while the main thread is blocked.
 
     A second Ctrl-C ends the process at once. After any stop signal, the process also ends if no progress is made for
     STOP_SECONDS. A run with one process ends at once if it has no step to save. If the launcher exits, this counts as
@@ -2621,27 +2671,54 @@ def make_accelerator(args):
     return accelerator
 
 
+def tell_launcher(error):
+    """Writes the error to the file from which torchrun and accelerate launch take the reason that they print last."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+
+
+def resume_advice(args):
+    """Returns the end of an error message: whether there is a checkpoint to continue from."""
+    if data.list_checkpoints(args.output_dir):
+        return "the newest checkpoint is intact; continue with --resume_from_checkpoint latest"
+    return "no checkpoint was saved yet"
+
+
+def find_other_error(args):
+    """Returns the error that another rank has logged since its start, or None if it has not logged one in 2 s."""
+    for _ in range(20):
+        for log in sorted(Path(args.output_dir, args.logging_dir).glob("rank-*.log")):
+            since_start = log.read_text(encoding="utf-8", errors="replace").rpartition(START_LINE)[2]
+            found = re.search(r" ERROR (.*)", since_start)
+            if found and OTHER_ENDED not in found[1]:
+                return f"{log.stem} has failed: {found[1].partition('error: ')[2] or found[1]}"
+        time.sleep(0.1)
+    return None
+
+
 @contextmanager
 def readable_errors(args):
     """Context manager that turns known library errors into InputError or TrainingError, which say what to do."""
-    resume = "the newest checkpoint is intact; continue with --resume_from_checkpoint latest"
     try:
         yield
     except torch.OutOfMemoryError as error:
         remedy = "--gradient_checkpointing, then a smaller --train_batch_size with --gradient_accumulation_steps"
         remedy += ", then --base_precision nf4, --use_8bit_adam, a smaller --rank or --resolution"
-        raise TrainingError(f"--train_batch_size: out of GPU memory; try {remedy}; {resume}") from error
+        raise TrainingError(f"--train_batch_size: out of GPU memory; try {remedy}; {resume_advice(args)}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        raise TrainingError(f"--output_dir: cannot write: {error}; free some space; {resume}") from error
+        advice = resume_advice(args)
+        raise TrainingError(f"--output_dir: cannot write: {error}; free some space; {advice}") from error
     except RuntimeError as error:
         if "deterministic implementation" in str(error):
             raise InputError(f"--deterministic: {error}; give --no-deterministic") from error
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         logs = Path(args.output_dir) / args.logging_dir / "rank-N.log"
-        raise TrainingError(f"another process of this run has ended; its {logs} says why; {resume}") from error
+        reason = find_other_error(args) or f"its {logs} may say why; {resume_advice(args)}"
+        raise TrainingError(f"{OTHER_ENDED}; {reason}") from error
 
 
 def check_hub_model(args, flag):
@@ -2726,6 +2803,22 @@ def check_needs(args, accelerator, free):
         check_disk(args, shapes.trained)
         check_services(args, list(map(str, accelerator.log_with)))
     return checkpointing
+
+
+def describe_environment(accelerator):
+    """Logs what the environment has decided. Warns if the launcher has started fewer processes than it was told to."""
+    names = ["GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "USE_CPU", "TORCH_DEVICE", "DEBUG_MODE", "CPU_AFFINITY"]
+    names = [f"ACCELERATE_{name}" for name in names]
+    found = [
+        f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "no").lower() not in ("no", "false")
+    ]
+    rank = f"process {accelerator.process_index + 1} of {accelerator.num_processes}"
+    logger.info("%s %s on %s, precision %s%s", START_LINE, rank, accelerator.device, accelerator.mixed_precision,
+        f"; from the environment: {', '.join(found)}" if found else "")  # fmt: skip
+    was_told_more = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_ADDR" in os.environ
+    if was_told_more and "WORLD_SIZE" not in os.environ:  # `accelerate launch --cpu --num_processes 3` does so
+        logger.warning("only one process was started; for several, use --config_file accelerate_configs/ddp.yaml and "
+            "--num_processes, and without a GPU ACCELERATE_USE_CPU=true")  # fmt: skip
 
 
 def warn_of_flags_without_effect(args):
@@ -2874,6 +2967,7 @@ def restore_output_dir(run, checkpoint):
             shutil.rmtree(old, ignore_errors=True)
         for path in row_files:
             path.unlink(missing_ok=True)
+    set_aside_checkpoints(output_dir, run.progress.step)
     for path in row_files:
         trim_rows(path, run.progress)
     note_skipped(args, run.batches.plan.index, run.progress, [])
@@ -2897,6 +2991,20 @@ def begin(run, checkpoint):
     wandb = {"id": run.progress.run_id, "resume": "allow", "dir": args.output_dir, "name": Path(args.output_dir).name}
     options = {"tensorboard": {"purge_step": run.progress.step + 1}, "wandb": wandb}  # the same runs on resume
     accelerator.init_trackers("train_sdxl_lora", config=flags, init_kwargs=options)
+
+
+def is_finished(run):
+    """Returns whether an earlier run has done everything. Logs it, and uploads the LoRA with --push_to_hub."""
+    args = run.args
+    progress = run.progress
+    files = [Path(args.output_dir) / name for name in (LORA_FILE, sdxl_lora.KOHYA_FILE, "README.md")]
+    if progress.step < run.batches.last_step or progress.validation_due or not all(file.exists() for file in files):
+        return False
+    logger.info("the run in %s is finished at step %d; for more, give a larger --max_train_steps", args.output_dir,
+        progress.step)  # fmt: skip
+    if args.push_to_hub:
+        push_to_hub(args)
+    return True
 
 
 def finish(run, metrics):
@@ -2933,6 +3041,7 @@ def main(argv=None):
     with stop_signals(), readable_errors(args):
         accelerator = make_accelerator(args)
         prepare_output_dir(accelerator, args)
+        describe_environment(accelerator)
         warn_of_flags_without_effect(args)
         free = least_free_memory(accelerator)
         checkpointing = run_on_main(accelerator, lambda: check_needs(args, accelerator, free))
@@ -2941,6 +3050,9 @@ def main(argv=None):
             if args.dry_run:
                 return preview(args, accelerator, progress, checkpointing)
             run = make_run(args, accelerator, progress, checkpointing)
+            if run_on_main(accelerator, lambda: is_finished(run)):
+                accelerator.end_training()
+                return {"step": progress.step, "preempted": False}
             begin(run, checkpoint)
             with ThreadPoolExecutor(1) as run.checkpoint_writer:  # waits at the end for a pending checkpoint
                 metrics = train(run)
@@ -2957,7 +3069,9 @@ if __name__ == "__main__":
         main()
     except (InputError, TrainingError) as error:
         logger.error("%s: error: %s", Path(sys.argv[0]).name, error)
+        tell_launcher(error)
         sys.exit(1)
-    except Exception:
-        logger.exception("stopped by an unexpected error of the program or a library")
+    except Exception as error:
+        logger.exception("stopped by an unexpected error of the program or a library: %s", short_reason(error))
+        tell_launcher(error)
         sys.exit(1)
