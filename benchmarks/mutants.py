@@ -29,6 +29,7 @@ DATA = "sdxl_data.py"
 SINGLE_FILE = "sdxl_single_file.py"
 LORA = "sdxl_lora.py"
 SPEED = "sdxl_speed.py"
+MEMORY = "sdxl_memory.py"
 EVALUATE = "evaluate.py"
 SWEEP = "hpo_sweep.py"
 
@@ -124,7 +125,7 @@ MUTANTS = [
     Mutant("alpha of rsLoRA as if it were LoRA", LORA, "checkpoints",
         "            alpha *= math.sqrt(rank)\n", "            pass\n"),
     Mutant("one checkpoint too many", TRAINER, "checkpoints",
-        "[: -keep if keep else 0]", "[: -keep - 1 if keep else 0]"),
+        "others[: len(others) + 1 - keep]", "others[: len(others) - keep]"),
     Mutant("noise offset may differ on resume", TRAINER, "resume",
         "base_precision noise_offset\n    optimizer", "base_precision\n    optimizer"),
     Mutant("another global batch is accepted", TRAINER, "resume",
@@ -392,9 +393,48 @@ MUTANTS = [
     Mutant("the encoded training set is uploaded", TRAINER, "services",
         "files = [LORA_FILE, sdxl_lora.KOHYA_FILE,", 'files = ["*.safetensors",'),
     Mutant("a refusing hub is heard at the end", TRAINER, "services",
-        "        run_on_main(accelerator, lambda: check_needs(", "        (lambda: check_needs("),
+        "        check_services(args, list(map(str, accelerator.log_with)))\n", ""),
     Mutant("restarts are not counted", TRAINER, "optimizer",
         '"num_cycles": num_cycles', '"num_cycles": 1'),
+    # Any number of processes, memory, environment
+    Mutant("DDP chooses its buckets after the first step", TRAINER, "kill",
+        "for model in prepared if accelerator.num_processes > 1 else ():", "for model in ():"),
+    Mutant("gradients of accumulation take no memory", MEMORY, "memory",
+        "keeps_gradients = shapes.processes > 1 or args.gradient_accumulation_steps > 1", "keeps_gradients = False"),
+    Mutant("the VAE takes no memory", MEMORY, "memory",
+        "        frozen += weight_bytes(shapes.vae)\n", ""),
+    Mutant("attention scores take no memory", MEMORY, "memory",
+        'nullcontext() if backend == "math" else fused_attention()', "fused_attention()"),
+    Mutant("sample images take no memory", MEMORY, "memory",
+        "        samples=estimate_samples(args, shapes),\n", "        samples=0,\n"),
+    Mutant("the device with the most memory counts", TRAINER, "memory",
+        "return None if None in free else min(free)", "return None if None in free else max(free)"),
+    Mutant("auto takes what does not fit", MEMORY, "memory",
+        "        if need.fits(free):\n            break\n", "        break\n"),
+    Mutant("a smaller batch without accumulation", MEMORY, "memory",
+        '"gradient_accumulation_steps": images // batch_size', '"gradient_accumulation_steps": 1'),
+    Mutant("emulated bf16 counts", TRAINER, "memory",
+        "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
+    Mutant("accumulation of the launcher is not taken over", TRAINER, "environment",
+        "    args.gradient_accumulation_steps = int(steps)\n", ""),
+    Mutant("data may end early", TRAINER, "environment",
+        "if progress.step < run.batches.last_step and not run.stopping:", "if False:"),
+    Mutant("a closed terminal kills", DATA, "environment",
+        '("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if', '("SIGTERM", "SIGINT", "SIGUSR1") if'),
+    Mutant("nohup has no effect", DATA, "environment",
+        "    STOP_SIGNALS.remove(signal.SIGHUP)", "    pass"),
+    Mutant("later checkpoints stay", TRAINER, "environment",
+        "        if later > step:\n", "        if False:\n"),
+    Mutant("the checkpoint just written is pruned", TRAINER, "checkpoints",
+        "list_checkpoints(output_dir) if path != final]", "list_checkpoints(output_dir)]"),
+    Mutant("a finished run is finished again", TRAINER, "environment",
+        "            if run_on_main(accelerator, lambda: is_finished(run)):", "            if False:"),
+    Mutant("the launcher is not told the reason", TRAINER, "environment",
+        "        Path(path).write_text(json.dumps(", "        str(json.dumps("),
+    Mutant("other ranks do not know the reason", TRAINER, "environment",
+        "find_other_error(args) or f", "f"),
+    Mutant("a sweep without results ends with 0", SWEEP, "sweep",
+        "\"no reason\")\n    return 1", "\"no reason\")\n    return 0"),
 ]
 # fmt: on
 

@@ -150,6 +150,14 @@ def test_the_oldest_checkpoints_are_pruned(flags, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
+    for step in (2, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    files = {"a": lambda path: path.write_text("a")}
+    assert trainer.write_checkpoint(tmp_path, 4, files, keep=1) is None
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_no_checkpoint_before_checkpointing_after_steps(flags, tmp_path):
     assert_ok(run_trainer([*flags, "--checkpointing_steps", 1, "--checkpointing_after_steps", 3], tmp_path / "run"))
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]

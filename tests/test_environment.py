@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from compare import assert_same_run, tensors_of
 from harness import ROOT, assert_ok, command, free_port, run_trainer, start_command, wait_until
 from hooks import die_in_micro_step
 
+import hpo_sweep
 import train_sdxl_lora as trainer
 
 # (variables, flags, what happens): the text of the refusal, or what a run of 4 steps says or leaves
@@ -295,3 +297,21 @@ def test_one_process_where_several_were_asked_for_is_noticed(flags, tmp_path):
     words = command([*flags, "--max_train_steps", 1], tmp_path / "run", ("--cpu",), 3)
     assert start_command(words, tmp_path / "log", MASTER_PORT=str(free_port())).wait(120) == 0
     assert "only one process was started; for several, use --config_file" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    "states, stopping, status",
+    [
+        (["FAIL", "PRUNED"], False, 1),
+        (["FAIL", "COMPLETE"], False, 0),
+        (["FAIL", "RUNNING"], False, 0),  # another worker's: that one will tell
+        (["FAIL"], True, 0),  # the same command goes on
+        ([], False, 1),
+    ],
+)
+def test_a_sweep_ends_with_1_if_nothing_finished(tmp_path, monkeypatch, states, stopping, status):
+    trials = [SimpleNamespace(state=hpo_sweep.TrialState[state], user_attrs={"reason": "why"}) for state in states]
+    study = SimpleNamespace(get_trials=lambda deepcopy: trials)
+    sweep = SimpleNamespace(args=SimpleNamespace(n_trials=4), folder=tmp_path)
+    monkeypatch.setattr(hpo_sweep.stop, "number", signal.SIGTERM if stopping else None)
+    assert hpo_sweep.log_end(study, sweep) == status
