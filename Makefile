@@ -20,10 +20,10 @@ test: test-quick test-slow test-sagemaker
 	$(BIN)/python tests/skips.py $(RECORDS)/quick.json $(RECORDS)/slow.json $(RECORDS)/sagemaker.json
 
 test-quick: $(VENV)/installed
-	TEST_RECORD=$(RECORDS)/quick.json $(BIN)/python -m pytest -n 2 -m "not slow and not sagemaker and not gpu"
+	TEST_RECORD=$(RECORDS)/quick.json $(BIN)/python -m pytest -n 2 --durations=12 -m "not slow and not sagemaker and not gpu"
 
 test-slow: $(VENV)/installed
-	TEST_RECORD=$(RECORDS)/slow.json $(BIN)/python -m pytest -m "slow and not gpu"
+	TEST_RECORD=$(RECORDS)/slow.json $(BIN)/python -m pytest --durations=12 -m "slow and not gpu"
 
 # tests/conftest.py imports torch, which is not in this environment.
 test-sagemaker: $(SAGEMAKER)/installed

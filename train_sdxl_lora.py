@@ -2609,11 +2609,15 @@ class JsonlTracker(GeneralTracker):
 
 
 def check_world(accelerator):
-    """Raises InputError if the process group is smaller or larger than what the launcher started."""
+    """Raises InputError if the process group is not what the launcher started, or its ranks differ in precision."""
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         found = f"the launcher started {expected} processes, but each sees {accelerator.num_processes}"
         raise InputError(f"--num_processes: {found}; without a GPU set ACCELERATE_USE_CPU=true")
+    precisions = sorted(set(gather_object([accelerator.mixed_precision])))
+    if len(precisions) > 1:
+        found = f"found {' and '.join(precisions)}, because the GPUs of this run differ"
+        raise InputError(f"--mixed_precision: {found}; give one of them")
 
 
 def list_trackers(report_to):
@@ -2687,8 +2691,10 @@ def resume_advice(args):
 
 def find_other_error(args):
     """Returns the error that another rank has logged since its start, or None if it has not logged one in 2 s."""
+    folder = Path(args.output_dir) / args.logging_dir
+    logs = [folder / f"rank-{rank}.log" for rank in range(int(os.environ.get("WORLD_SIZE", 1)))]
     for _ in range(20):
-        for log in sorted(Path(args.output_dir, args.logging_dir).glob("rank-*.log")):
+        for log in filter(Path.exists, logs):
             since_start = log.read_text(encoding="utf-8", errors="replace").rpartition(START_LINE)[2]
             found = re.search(r" ERROR (.*)", since_start)
             if found and OTHER_ENDED not in found[1]:

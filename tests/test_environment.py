@@ -97,6 +97,11 @@ def test_a_variable_that_can_be_used_is_taken_over_and_noted(flags, trained, tmp
         assert f"{name}={value}" in line
 
 
+def set_disposition(number, ignored):
+    if number != signal.SIGKILL:  # a shell that starts a command with & makes it ignore SIGINT and SIGQUIT
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number, ignored, outcome", SIGNALS)
 def test_each_signal_saves_or_is_survived(flags, trained, tmp_path, number, ignored, outcome):
     argv = [*flags, "--checkpointing_steps", 2, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
@@ -109,7 +114,7 @@ def test_each_signal_saves_or_is_survived(flags, trained, tmp_path, number, igno
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL),
+            preexec_fn=partial(set_disposition, number, ignored),
         )
     wait_until((tmp_path / "run/checkpoint-2").is_dir)
     time.sleep(0.3)
@@ -291,6 +296,16 @@ def test_the_last_line_of_a_failed_world_is_the_reason(flags, tmp_path, rank, st
     others = [line for line in text.splitlines() if "another process of this run has ended" in line]
     assert all(reason in line for line in others)
     assert "--resume_from_checkpoint" not in text
+
+
+def differ(module):
+    choose = module.choose_precision
+    module.choose_precision = lambda args: "bf16" if module.os.environ["RANK"] == "1" else choose(args)
+
+
+def test_ranks_that_would_choose_different_precisions_are_refused(flags, tmp_path):
+    refused = run_trainer(flags, tmp_path / "run", 2, setup=differ)
+    assert refused.codes == [1, 1] and "--mixed_precision: found bf16 and no, because the GPUs" in refused.output
 
 
 def test_one_process_where_several_were_asked_for_is_noticed(flags, tmp_path):

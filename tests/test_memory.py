@@ -78,6 +78,22 @@ def test_what_stays_in_memory_is_counted_with_its_flags(parse):
     assert len(samplers) == 3 and all(p.is_meta for model in samplers for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--use_dora", "--train_text_encoder"],
+        ["--lora_target_modules", "to_q", "ff.net.0.proj", "conv1", "conv_shortcut", "--lora_dropout", 0.1],
+        ["--base_precision", "nf4", "--optimizer", "prodigy", "--long_captions", "chunk"],
+    ],
+    ids=["DoRA", "convolutions", "quantized"],
+)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_every_kind_of_adapter_can_be_simulated(parse, words, mode):
+    args = parse(*words)
+    need = sdxl_memory.estimate_needs(args, trainer.load_shapes(args, torch.bfloat16, 1), mode)
+    assert need.step > 1e5 and need.adapters > 1e4
+
+
 def test_attention_scores_are_counted_where_they_are_kept(parse):
     args = parse("--resolution", 256, "--attention_backend", "math")
     shapes = trainer.load_shapes(args, torch.float32, 1)
@@ -253,6 +269,14 @@ def test_each_command_of_the_readme_fits_the_card_that_it_names(full_size, card,
     args, shapes = full_size(words)
     mode, _ = sdxl_memory.choose_checkpointing(args, shapes, free)
     assert sdxl_memory.estimate_needs(args, shapes, mode).fits(free)
+
+
+@pytest.mark.slow
+def test_the_default_batch_fits_the_card_that_the_readme_names(full_size):
+    card = re.search(r"The default batch of 16 fits on (\d+) GB", (ROOT / "README.md").read_text())
+    args, shapes = full_size(["--pretrained_model_name_or_path", "x", "--train_shards", "x"])
+    assert args.train_batch_size == 16
+    sdxl_memory.choose_checkpointing(args, shapes, int(card[1]) * 1e9 - CUDA_BYTES)  # raises if nothing fits
 
 
 @pytest.mark.slow
