@@ -47,9 +47,11 @@ import safetensors
 from braceexpand import braceexpand
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
-# Signals that mean "save and exit" to the scripts. Windows has only two. After nohup, SIGHUP stays ignored.
+# Signals that mean "save and exit" to the scripts. Windows has only two. After nohup, SIGHUP stays ignored, but not
+# below torchrun: it obeys SIGHUP in spite of nohup, and kills its processes 30 s later.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+ignores_hangup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+if ignores_hangup and "TORCHELASTIC_RUN_ID" not in os.environ:
     STOP_SIGNALS.remove(signal.SIGHUP)
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in diffusers' format
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "avif", "jfif", "tif", "tiff", "gif")

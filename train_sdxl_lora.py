@@ -1702,6 +1702,7 @@ def complete_checkpoint(unfinished, final, files):
     metrics = final.parent / "metrics.jsonl"
     if metrics.exists():
         sync(metrics)  # its rows up to this step
+    shutil.rmtree(final, ignore_errors=True)  # of a try whose last line below failed
     os.rename(unfinished, final)
     sync(final.parent)
 

@@ -181,6 +181,8 @@ def stops_within_ten_seconds(stop_once, run, log):
         ("ddp.yaml", 1, signal.SIGTERM),
         ("ddp.yaml", 2, signal.SIGTERM),
         ("ddp.yaml", 2, signal.SIGUSR1),
+        ("ddp.yaml", 2, signal.SIGHUP),
+        ("nohup ddp.yaml", 2, signal.SIGHUP),  # torchrun stops its processes then as well
         ("ddp.yaml", 2, signal.SIGKILL),
     ],
 )
@@ -191,7 +193,9 @@ def test_a_signal_to_the_launcher_saves_within_ten_seconds_and_resumes_identical
     run = tmp_path / "run"
 
     def stop_after_three_steps():
-        process = start_command(command(argv, run, LAUNCHERS[launcher], processes), tmp_path / "log")
+        words = command(argv, run, LAUNCHERS[launcher.removeprefix("nohup ")], processes)
+        words = ["nohup", *words] if launcher.startswith("nohup") else words
+        process = start_command(words, tmp_path / "log")
         wait_until(lambda: rows(run) >= 3 or process.poll() is not None)
         return seconds_until_gone(process, number, run)
 
