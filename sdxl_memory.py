@@ -275,7 +275,7 @@ def refuse(args, shapes, mode, need, free):
     """Raises InputError because a run does not fit in `free` bytes. The message says what does."""
     available = f"{free / 1e9:.2f} GB of device memory are free"
     drawing = need.always + need.samples
-    if drawing > free:
+    if need.always <= free < drawing:
         found = f"drawing sample images needs {drawing / 1e9:.2f} GB (simulated), {available}"
         raise InputError(f"--validation_prompt: {found}; leave the prompts out")
     smaller = smaller_batch(args, shapes, mode, free)

@@ -3001,7 +3001,7 @@ def begin(run, checkpoint):
 
 
 def is_finished(run):
-    """Returns whether an earlier run has done everything. Logs it, and uploads the LoRA with --push_to_hub."""
+    """Returns whether an earlier start of the run has done everything, and says so in the log."""
     args = run.args
     progress = run.progress
     files = [Path(args.output_dir) / name for name in (LORA_FILE, sdxl_lora.KOHYA_FILE, "README.md")]
@@ -3009,8 +3009,6 @@ def is_finished(run):
         return False
     logger.info("the run in %s is finished at step %d; for more, give a larger --max_train_steps", args.output_dir,
         progress.step)  # fmt: skip
-    if args.push_to_hub:
-        push_to_hub(args)
     return True
 
 
@@ -3058,6 +3056,8 @@ def main(argv=None):
                 return preview(args, accelerator, progress, checkpointing)
             run = make_run(args, accelerator, progress, checkpointing)
             if run_on_main(accelerator, lambda: is_finished(run)):
+                if args.push_to_hub and accelerator.is_main_process:
+                    push_to_hub(args)
                 accelerator.end_training()
                 return {"step": progress.step, "preempted": False}
             begin(run, checkpoint)

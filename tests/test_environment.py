@@ -61,6 +61,24 @@ SIGNALS = [  # (signal, ignored at the start, the run saves and ends with 0, or 
     (signal.SIGUSR2, False, "dies"),
     (signal.SIGKILL, False, "dies"),
 ]
+NOTHING, SAME_WEIGHTS = "nothing changes", "the same weights"
+# of a finished run with checkpoints 2 and 4: (way, folder, resumed from, flags, exit, checkpoints, set aside, outcome)
+STARTS = [
+    ("the same", "run", "latest", [], 0, [2, 4], [], NOTHING),
+    ("shorter", "run", "latest", ["--max_train_steps", 3], 0, [2, 4], [], NOTHING),
+    ("much shorter", "run", "latest", ["--max_train_steps", 2], 0, [2, 4], [], NOTHING),
+    ("longer", "run", "latest", ["--max_train_steps", 6], 0, [2, 4, 6], [], "goes on"),
+    ("older", "run", "run/checkpoint-2", [], 0, [2, 4], [4], SAME),
+    ("older, by its name", "run", "checkpoint-2", [], 0, [2, 4], [4], SAME),
+    ("older, keeping one", "run", "run/checkpoint-2", ["--checkpoints_total_limit", 1], 0, [4], [4], SAME),
+    ("older, keeping two", "run", "run/checkpoint-2", ["--checkpoints_total_limit", 2], 0, [2, 4], [4], SAME),
+    ("another folder", "new", "run/checkpoint-2", [], 0, [4], [], SAME_WEIGHTS),
+    ("another folder with checkpoints", "other", "run/checkpoint-2", [], 0, [2, 4], [4], SAME_WEIGHTS),
+    ("another folder, latest", "new", "latest", [], 0, [2, 4], [], SAME),  # there is none: a new run
+    ("without a flag", "run", None, [], 2, [2, 4], [], NOTHING),
+    ("from what is not there", "run", "checkpoint-9", [], 2, [2, 4], [], NOTHING),
+    ("starting over", "run", None, ["--overwrite_output_dir"], 0, [2, 4], [], SAME),
+]
 
 
 def without_precision(flags):
@@ -171,13 +189,45 @@ def resume(flags):
     return start
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("steps", [4, 3, 2], ids=["the same", "shorter", "much shorter"])
-def test_a_finished_run_that_is_started_again_changes_nothing(resume, own_run, steps, processes):
+def steps_of(folder, prefix="checkpoint-"):
+    return sorted(int(path.name[len(prefix) :].partition("-")[0]) for path in folder.glob(f"{prefix}*"))
+
+
+@pytest.mark.parametrize(
+    "way, folder, source, more, code, saved, aside, outcome", STARTS, ids=[row[0] for row in STARTS]
+)
+def test_each_way_to_start_again(
+    flags, trained, own_run, tmp_path, way, folder, source, more, code, saved, aside, outcome
+):
+    shutil.copytree(own_run, tmp_path / "other")
     before = snapshot(own_run)
-    batch = ["--train_batch_size", 2 // processes]
-    again = assert_ok(resume(own_run, *batch, "--max_train_steps", steps, processes=processes))
-    assert f"the run in {own_run} is finished at step 4; for more, give a larger --max_train_steps" in again.output
+    old = tensors_of(own_run / "checkpoint-4")
+    if source and source.startswith("run/"):
+        source = tmp_path / source
+    argv = [*flags, "--checkpointing_steps", 2, *(["--resume_from_checkpoint", source] if source else []), *more]
+    run = run_trainer(argv, tmp_path / folder)
+    assert run.codes == [code], run.output
+    assert steps_of(tmp_path / folder) == saved and steps_of(tmp_path / folder, "set-aside-checkpoint-") == aside
+    if folder != "run" or outcome == NOTHING:
+        assert snapshot(own_run) == before
+    if code == 0 and outcome == NOTHING:
+        assert f"the run in {own_run} is finished at step 4; for more, give a larger --max_train_steps" in run.output
+    for step in aside:
+        assert f"checkpoint-{step} is later than the checkpoint that was resumed; it is now set-aside-" in run.output
+        kept = tensors_of(tmp_path / folder / f"set-aside-checkpoint-{step}-1")
+        assert all(kept[name].equal(old[name]) for name in old)
+    if outcome == SAME:
+        assert_same_run(trained, run, step=4)
+    if outcome == SAME_WEIGHTS:  # the rows before the checkpoint are in the first folder
+        found = tensors_of(tmp_path / folder / "checkpoint-4")
+        assert all(found[name].equal(old[name]) for name in old)
+    if outcome == "goes on":
+        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_of_two_processes_changes_nothing(resume, own_run):
+    before = snapshot(own_run)
+    assert "is finished at step 4" in assert_ok(resume(own_run, "--train_batch_size", 1, processes=2)).output
     assert snapshot(own_run) == before
 
 
@@ -188,30 +238,6 @@ def test_a_finished_run_without_its_lora_files_writes_them_again(resume, own_run
     expected = (trained.output_dir / "pytorch_lora_weights.safetensors").read_bytes()
     assert (own_run / "pytorch_lora_weights.safetensors").read_bytes() == expected
     assert (own_run / "README.md").exists()
-
-
-def test_a_finished_run_goes_on_with_more_steps(resume, own_run):
-    longer = assert_ok(resume(own_run, "--max_train_steps", 6))
-    assert [row["step"] for row in longer.metrics()] == [1, 2, 3, 4, 5, 6]
-    assert sorted(path.name for path in own_run.glob("*checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
-
-
-@pytest.mark.parametrize("limit", [1, 2, None])
-def test_going_back_sets_later_checkpoints_aside_and_keeps_what_it_saves(resume, trained, own_run, limit):
-    longer = assert_ok(resume(own_run, "--max_train_steps", 6))
-    old = tensors_of(own_run / "checkpoint-4"), tensors_of(own_run / "checkpoint-6")
-    more = ["--learning_rate", 1e-3, "--checkpoints_total_limit", limit] if limit else []
-    back = assert_ok(resume(own_run, *more, checkpoint=own_run / "checkpoint-2"))
-    assert (
-        "checkpoint-4 is later than the checkpoint that was resumed; it is now set-aside-checkpoint-4-1" in back.output
-    )
-    assert longer.output_dir == back.output_dir
-    assert_same_run(trained, back, step=4)
-    for tensors, step in zip(old, (4, 6)):
-        kept = tensors_of(own_run / f"set-aside-checkpoint-{step}-1")
-        assert kept.keys() == tensors.keys() and all(kept[name].equal(tensors[name]) for name in kept)
-    expected = {1: ["checkpoint-4"], 2: ["checkpoint-2", "checkpoint-4"], None: ["checkpoint-2", "checkpoint-4"]}
-    assert sorted(path.name for path in own_run.glob("checkpoint-*")) == expected[limit]
 
 
 def test_after_going_back_and_a_kill_latest_is_the_new_branch(resume, trained, own_run):
@@ -226,29 +252,10 @@ def test_after_going_back_and_a_kill_latest_is_the_new_branch(resume, trained, o
     assert "it is now set-aside-checkpoint-4-2" in twice.output
 
 
-def test_another_folder_goes_on_from_a_checkpoint_and_leaves_the_first_alone(resume, trained, own_run, tmp_path):
-    before = snapshot(own_run)
-    shutil.copytree(own_run, tmp_path / "other")  # it has a checkpoint-4 of its own
-    for folder in ("new", "other"):
-        other = assert_ok(resume(tmp_path / folder, checkpoint=own_run / "checkpoint-2"))
-        steps = {path.name for path in (tmp_path / folder).glob("*checkpoint-*")}
-        assert "checkpoint-4" in steps and ("set-aside-checkpoint-4-1" in steps) == (folder == "other")
-        tensors, expected = (tensors_of(run.output_dir / "checkpoint-4") for run in (other, trained))
-        assert all(tensors[name].equal(expected[name]) for name in expected)
-    assert snapshot(own_run) == before
-
-
 def test_a_damaged_newest_checkpoint_is_set_aside_too(resume, trained, own_run):
     (own_run / "checkpoint-4/optimizer.bin").write_bytes(b"torn")
     assert_same_run(trained, assert_ok(resume(own_run)), step=4)
     assert (own_run / "set-aside-checkpoint-4-1/optimizer.bin").read_bytes() == b"torn"
-
-
-def test_starting_without_a_flag_is_refused_and_starting_over_starts_over(flags, trained, own_run):
-    refused = run_trainer([*flags, "--checkpointing_steps", 2], own_run)
-    assert refused.codes == [2] and "--resume_from_checkpoint latest" in refused.output
-    over = assert_ok(run_trainer([*flags, "--checkpointing_steps", 2, "--overwrite_output_dir"], own_run))
-    assert_same_run(trained, over, step=4)
 
 
 # ---- what goes wrong, and what is said last

@@ -162,6 +162,8 @@ def test_what_fits_in_no_way_is_refused_with_the_batch_that_does(flags, tmp_path
     [
         ([], 1e8, "not even one image fits; give a smaller --rank or --resolution, or --cache_latents, or"),
         (["--gradient_checkpointing", "none"], 1e8, "give --gradient_checkpointing auto, or not even one image fits"),
+        (["--validation_prompt", "x"], 1e6, "--train_batch_size: 64 images need"),  # not even the weights fit
+        ([], 1e6, "--train_batch_size: 64 images need"),
         (["--validation_prompt", "x", "--resolution", 512, "--cache_latents", "--crop", "center"], 1e8,
          "--validation_prompt: drawing sample images needs"),
     ],
