@@ -1612,7 +1612,9 @@ def make_resume_signature(args, accelerator, index, mix):
 
 def other_flags(args):
     """Returns the flags that a resumed run may change, with their values as text."""
-    left_out = ("config", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "allow_batch_change")
+    left_out = (
+        "config hub_token resume_from_checkpoint overwrite_output_dir allow_batch_change mixed_precision".split()
+    )
     return {k: str(v) for k, v in vars(args).items() if k not in MATHEMATICS and k not in left_out}
 
 
@@ -1872,7 +1874,8 @@ def save_run(args, progress, index):
     """Writes config.yaml (for --config) and run.json, and copies the scripts to output_dir."""
     output_dir = Path(args.output_dir)
     leave_out = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
-    flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out} | {"seed": progress.seed}
+    flags = {k: v for k, v in vars(args).items() if v is not None and k not in leave_out}
+    flags |= {"seed": progress.seed, "mixed_precision": progress.resume_signature["mixed_precision"]}
     write_file(output_dir / "config.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True).encode())
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
