@@ -1287,7 +1287,7 @@ def run_workers(sweep, argv):
 
 
 def main(argv=None):
-    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, 1 if no trial has finished, 0 otherwise."""
+    """Runs the sweep. Returns the exit status: 130 after Ctrl-C, else the workers' highest: 1 if nothing finished."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     sweep = parse_args(argv)
     logger.handlers = [logging.StreamHandler()]

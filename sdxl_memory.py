@@ -1,7 +1,7 @@
 """What a training step needs of its device: memory and time, known before any weights are loaded.
 
 Models on the meta device have shapes but no data, and their tensors have lifetimes. So a whole step can be run there,
-forward and backward, in about two seconds for SDXL, while the bytes of all tensors that exist are counted.
+forward and backward, in two to four seconds for SDXL, while the bytes of all tensors that exist are counted.
 
 The sections; each calls only what is above it:
      1 Simulation  bytes and operations of a step, of encoding and decoding an image
